@@ -1,0 +1,327 @@
+//! One stdio stream: bytes between a vsock connection and a container's pipe or terminal.
+//!
+//! ```text
+//!  Connecting ──▶ open ───────────────────────────────────────────────▶ done
+//!      │            to host:  read source → write socket, at its end: shutdown, then wait for the host
+//!      │            to child: read socket → write sink, at its end: close the sink
+//!      └─ refused ─────────────────────────────────────────────────────▶ done
+//! ```
+//! Nothing blocks and nothing is read that there was no room for: bytes that could not be written stay in
+//! the stream (at most one buffer's worth), and until they are gone the reading side is not watched. So a
+//! slow reader stops its writer and nobody else.
+//!
+//! A stream that the host broke off closes the container's end: a broken pipe, as between two programs.
+#![forbid(unsafe_code)]
+
+use std::os::fd::{AsFd, OwnedFd};
+
+use cube_guest::TerminalSize;
+use rustix::event::epoll::EventFlags;
+use rustix::io::{Errno, Result};
+use rustix::net::{SendFlags, Shutdown};
+use rustix::termios::Winsize;
+
+use crate::events::{Poller, Source, Watched};
+
+/// Bytes moved at a time. The kernel makes each write to a vsock one packet in contiguous memory: of this
+/// size (order 3) it always finds one.
+pub(crate) const BUFFER: usize = 32 << 10;
+
+/// The container's end of a stream.
+#[derive(Debug)]
+pub(crate) enum End {
+    /// The reading end of a pipe that the container writes.
+    Output(OwnedFd),
+    /// The writing end of a pipe that the container reads.
+    Input(OwnedFd),
+    /// The master of its terminal, non-blocking, twice: each direction is watched by itself.
+    Terminal(OwnedFd, OwnedFd),
+}
+
+/// A stream from its token to its end.
+#[derive(Debug)]
+pub(crate) struct Stream {
+    socket: Watched,
+    connected: bool,
+    /// What the container writes; gone after its end.
+    source: Option<Watched>,
+    /// What the container reads; gone after its end.
+    sink: Option<Watched>,
+    /// Read and not yet written. The token is the first thing the host gets.
+    to_host: Pending,
+    to_child: Pending,
+    is_terminal: bool,
+    has_output: bool,
+    /// The host was told of the source's end.
+    told_end: bool,
+    /// The host sends nothing more.
+    host_ended: bool,
+}
+
+#[derive(Debug, Default)]
+struct Pending {
+    bytes: Vec<u8>,
+    written: usize,
+}
+
+/// How a write went.
+#[derive(Debug, PartialEq, Eq)]
+enum Progress {
+    /// Everything was written.
+    Whole,
+    /// The rest is pending.
+    Full,
+    /// The reader is gone.
+    Broken,
+}
+
+impl Stream {
+    /// A stream over `socket`, which is connecting; `source` is what its events are called.
+    pub(crate) fn new(socket: OwnedFd, token: u64, end: End, source: Source) -> Self {
+        let watched = |fd| Some(Watched::new(fd, source));
+        let (is_terminal, has_output) = match end {
+            End::Output(_) => (false, true),
+            End::Input(_) => (false, false),
+            End::Terminal(..) => (true, true),
+        };
+        let (output, input) = match end {
+            End::Output(output) => (watched(output), None),
+            End::Input(input) => (None, watched(input)),
+            End::Terminal(output, input) => (watched(output), watched(input)),
+        };
+        Self {
+            socket: Watched::new(socket, source),
+            connected: false,
+            source: output,
+            sink: input,
+            to_host: Pending {
+                bytes: token.to_le_bytes().to_vec(),
+                written: 0,
+            },
+            to_child: Pending::default(),
+            is_terminal,
+            has_output,
+            told_end: false,
+            host_ended: false,
+        }
+    }
+
+    /// Does what can be done now, a buffer's worth in each direction at most, and says whether the
+    /// stream is done.
+    pub(crate) fn turn(&mut self, poller: &Poller, buffer: &mut [u8]) -> Result<bool> {
+        if !self.connected {
+            match connection(&self.socket) {
+                Ok(connected) => self.connected = connected,
+                Err(_) => return Ok(true),
+            }
+        }
+        if self.connected
+            && (self.towards_host(poller, buffer) || self.towards_child(poller, buffer))
+        {
+            return Ok(true);
+        }
+        self.rearm(poller)?;
+        Ok(false)
+    }
+
+    /// Closes everything that is left.
+    pub(crate) fn close(self, poller: &Poller) {
+        for watched in [Some(self.socket), self.source, self.sink]
+            .into_iter()
+            .flatten()
+        {
+            watched.close(poller);
+        }
+    }
+
+    /// Changes the terminal's size.
+    pub(crate) fn resize(&self, size: TerminalSize) -> Result<()> {
+        match &self.source {
+            Some(terminal) if self.is_terminal => {
+                rustix::termios::tcsetwinsize(terminal, winsize(size))
+            }
+            _ => Err(Errno::NOTTY),
+        }
+    }
+
+    /// One step of source → socket. Returns whether the stream is done.
+    fn towards_host(&mut self, poller: &Poller, buffer: &mut [u8]) -> bool {
+        let send = |bytes: &[u8]| rustix::net::send(&self.socket, bytes, SendFlags::NOSIGNAL);
+        match self.to_host.flush(send) {
+            Progress::Whole => {}
+            Progress::Full => return false,
+            Progress::Broken => return true,
+        }
+        if let Some(source) = &self.source {
+            match rustix::io::read(source, &mut *buffer) {
+                Ok(read @ 1..) => {
+                    return self.to_host.write(&buffer[..read], send) == Progress::Broken;
+                }
+                Err(Errno::AGAIN | Errno::INTR) => return false,
+                // A terminal's end is EIO: its last user has closed it.
+                Ok(0) | Err(_) => {}
+            }
+            close(&mut self.source, poller);
+            if self.is_terminal {
+                close(&mut self.sink, poller);
+            }
+        }
+        if self.has_output && !self.told_end {
+            self.told_end = true;
+            return rustix::net::shutdown(&self.socket, Shutdown::Write).is_err();
+        }
+        false
+    }
+
+    /// One step of socket → sink. Returns whether the stream is done.
+    fn towards_child(&mut self, poller: &Poller, buffer: &mut [u8]) -> bool {
+        let mut progress = Progress::Whole;
+        if let Some(sink) = &self.sink {
+            let write = |bytes: &[u8]| rustix::io::write(sink, bytes);
+            progress = self.to_child.flush(write);
+            if progress == Progress::Whole && reader_is_gone(sink) {
+                progress = Progress::Broken;
+            }
+        }
+        if progress == Progress::Whole && !self.host_ended {
+            match rustix::net::recv(&self.socket, &mut *buffer, rustix::net::RecvFlags::empty()) {
+                Ok((_, read @ 1..)) => {
+                    if let Some(sink) = &self.sink {
+                        let write = |bytes: &[u8]| rustix::io::write(sink, bytes);
+                        progress = self.to_child.write(&buffer[..read], write);
+                    }
+                }
+                Ok((_, 0)) => self.host_ended = true,
+                Err(Errno::AGAIN | Errno::INTR) => {}
+                Err(_) => return true,
+            }
+        }
+        if progress == Progress::Broken {
+            self.to_child = Pending::default();
+            close(&mut self.sink, poller);
+        }
+        // A terminal stays open when the host has nothing more to type.
+        if self.host_ended && self.to_child.is_empty() && !self.is_terminal {
+            close(&mut self.sink, poller);
+        }
+        match self.has_output {
+            true => self.told_end && self.host_ended,
+            false => self.sink.is_none(),
+        }
+    }
+
+    /// Watches exactly what the next step waits for.
+    fn rearm(&mut self, poller: &Poller) -> Result<()> {
+        let when = |condition: bool, flags| condition.then_some(flags);
+        if !self.connected {
+            return self.socket.watch(poller, Some(EventFlags::OUT));
+        }
+        let mut socket = EventFlags::empty();
+        socket.set(EventFlags::OUT, !self.to_host.is_empty());
+        socket.set(EventFlags::IN, self.to_child.is_empty() && !self.host_ended);
+        self.socket
+            .watch(poller, when(!socket.is_empty(), socket))?;
+        if let Some(source) = &mut self.source {
+            source.watch(poller, when(self.to_host.is_empty(), EventFlags::IN))?;
+        }
+        if let Some(sink) = &mut self.sink {
+            // A pipe with no flags reports that its reader is gone. A terminal reports that at its source.
+            let waiting = !self.to_child.is_empty();
+            let idle = when(!self.is_terminal, EventFlags::empty());
+            sink.watch(poller, if waiting { Some(EventFlags::OUT) } else { idle })?;
+        }
+        Ok(())
+    }
+}
+
+impl Pending {
+    fn is_empty(&self) -> bool {
+        self.bytes.is_empty()
+    }
+
+    /// Writes what is pending.
+    fn flush(&mut self, write: impl Fn(&[u8]) -> Result<usize>) -> Progress {
+        let bytes = std::mem::take(&mut self.bytes);
+        let written = std::mem::take(&mut self.written);
+        match push(&bytes[written..], write) {
+            Ok(more) if written + more < bytes.len() => {
+                *self = Self {
+                    bytes,
+                    written: written + more,
+                };
+                Progress::Full
+            }
+            Ok(_) => Progress::Whole,
+            Err(_) => Progress::Broken,
+        }
+    }
+
+    /// Writes `bytes` with nothing pending before them, and keeps what did not fit.
+    fn write(&mut self, bytes: &[u8], write: impl Fn(&[u8]) -> Result<usize>) -> Progress {
+        match push(bytes, write) {
+            Ok(written) if written < bytes.len() => {
+                self.bytes = bytes[written..].to_vec();
+                Progress::Full
+            }
+            Ok(_) => Progress::Whole,
+            Err(_) => Progress::Broken,
+        }
+    }
+}
+
+/// Writes until everything is written or there is no room; returns how much was.
+fn push(bytes: &[u8], write: impl Fn(&[u8]) -> Result<usize>) -> Result<usize> {
+    let mut written = 0;
+    while written < bytes.len() {
+        match write(&bytes[written..]) {
+            Ok(more) => written += more,
+            Err(Errno::AGAIN) => break,
+            Err(Errno::INTR) => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(written)
+}
+
+/// Whether a non-blocking connect is done.
+///
+/// # Errors
+/// It failed.
+pub(crate) fn connection(socket: impl AsFd) -> Result<bool> {
+    use rustix::event::{PollFd, PollFlags, poll};
+    let mut fds = [PollFd::new(&socket, PollFlags::OUT)];
+    poll(&mut fds, Some(&rustix::time::Timespec::default()))?;
+    let ready = fds[0].revents();
+    if ready.is_empty() {
+        return Ok(false);
+    }
+    rustix::net::sockopt::socket_error(&socket)??;
+    Ok(true)
+}
+
+/// Whether nobody has the reading end of the pipe `sink` open.
+fn reader_is_gone(sink: impl AsFd) -> bool {
+    use rustix::event::{PollFd, PollFlags, poll};
+    let mut fds = [PollFd::new(&sink, PollFlags::empty())];
+    let polled = poll(&mut fds, Some(&rustix::time::Timespec::default()));
+    polled.is_ok() && fds[0].revents().contains(PollFlags::ERR)
+}
+
+fn close(watched: &mut Option<Watched>, poller: &Poller) {
+    if let Some(watched) = watched.take() {
+        watched.close(poller);
+    }
+}
+
+/// The kernel's form of a terminal's size.
+pub(crate) fn winsize(size: TerminalSize) -> Winsize {
+    Winsize {
+        ws_row: size.rows,
+        ws_col: size.columns,
+        ws_xpixel: 0,
+        ws_ypixel: 0,
+    }
+}
+
+#[cfg(test)]
+mod tests;

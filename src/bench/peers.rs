@@ -1,0 +1,244 @@
+//! The VMMs that are measured: how each is found and told to boot the same machine.
+#![forbid(unsafe_code)]
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use serde::Serialize;
+use serde_json::json;
+
+/// One VMM that can be measured.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Peer {
+    /// The name of its program, as people call it.
+    pub name: String,
+    /// How it is driven.
+    #[serde(skip)]
+    pub kind: Kind,
+    /// Its executable.
+    pub path: PathBuf,
+    /// The first line that it prints of its version.
+    pub version: String,
+}
+
+/// The VMMs known here.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum Kind {
+    /// This project's `cube-vmm`.
+    CubeVmm,
+    /// Firecracker, configured by a file, without its API.
+    Firecracker,
+    /// Cloud Hypervisor.
+    CloudHypervisor,
+    /// QEMU with the microvm machine.
+    Qemu,
+    /// crosvm.
+    Crosvm,
+}
+
+/// The machine that all of them boot.
+#[derive(Debug, Clone, Serialize)]
+pub struct Machine {
+    /// Uncompressed ELF kernel with a PVH note.
+    pub kernel: PathBuf,
+    /// The binary that is `/init`, and the initramfs made of it; absent for the tiny kernel.
+    pub init: Option<Init>,
+    /// Kernel command line, the same for all (a VMM may add its devices).
+    pub command_line: String,
+    /// vCPUs.
+    pub cpus: u8,
+    /// Memory in MiB.
+    pub memory_mib: u32,
+}
+
+/// The first program of the guest.
+#[derive(Debug, Clone, Serialize)]
+pub struct Init {
+    /// The static binary.
+    pub binary: PathBuf,
+    /// A cpio archive with it as `/init`.
+    pub initramfs: PathBuf,
+}
+
+impl Kind {
+    /// Every kind, in the order of the tables.
+    pub const ALL: [Self; 5] = [
+        Self::CubeVmm,
+        Self::Firecracker,
+        Self::CloudHypervisor,
+        Self::Qemu,
+        Self::Crosvm,
+    ];
+
+    /// The name of its executable.
+    pub fn program(self) -> &'static str {
+        match self {
+            Self::CubeVmm => "cube-vmm",
+            Self::Firecracker => "firecracker",
+            Self::CloudHypervisor => "cloud-hypervisor",
+            Self::Qemu => "qemu-system-x86_64",
+            Self::Crosvm => "crosvm",
+        }
+    }
+
+    /// The peer at `path`.
+    ///
+    /// # Errors
+    /// The program cannot be executed.
+    pub fn at(self, path: PathBuf) -> io::Result<Peer> {
+        let output = Command::new(&path).arg(self.version_flag()).output()?;
+        let text = String::from_utf8_lossy(&output.stdout);
+        let version = text.lines().next().unwrap_or("unknown").trim().to_owned();
+        Ok(Peer {
+            name: self.program().to_owned(),
+            kind: self,
+            path,
+            version,
+        })
+    }
+
+    fn version_flag(self) -> &'static str {
+        match self {
+            Self::Crosvm => "version",
+            _ => "--version",
+        }
+    }
+}
+
+/// Looks for `program` beside this executable, then in `PATH`.
+pub fn find(program: &str) -> Option<PathBuf> {
+    let beside = std::env::current_exe()
+        .ok()
+        .and_then(|exe| exe.parent().map(Path::to_owned));
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    beside
+        .into_iter()
+        .chain(std::env::split_paths(&path))
+        .map(|directory| directory.join(program))
+        .find(|candidate| candidate.is_file())
+}
+
+impl Peer {
+    /// The command that boots `machine` with its first serial port on standard output. Files it needs
+    /// are written to `directory`.
+    ///
+    /// # Errors
+    /// A file could not be written.
+    pub fn command(&self, machine: &Machine, directory: &Path) -> io::Result<Command> {
+        let mut command = Command::new(&self.path);
+        match self.kind {
+            Kind::CubeVmm => {
+                let spec = write(directory, "cube-vmm.json", &cube_spec(machine))?;
+                command.arg("--spec").arg(spec);
+            }
+            Kind::Firecracker => {
+                let config = write(directory, "firecracker.json", &firecracker_config(machine))?;
+                command.args(["--no-api", "--config-file"]).arg(config);
+            }
+            Kind::CloudHypervisor => cloud_hypervisor(&mut command, machine),
+            Kind::Qemu => qemu(&mut command, machine),
+            Kind::Crosvm => crosvm(&mut command, machine),
+        }
+        Ok(command)
+    }
+}
+
+fn write(directory: &Path, name: &str, content: &serde_json::Value) -> io::Result<PathBuf> {
+    let path = directory.join(name);
+    fs::write(&path, content.to_string())?;
+    Ok(path)
+}
+
+fn cube_spec(machine: &Machine) -> serde_json::Value {
+    let mut spec = json!({
+        "kernel": {"path": machine.kernel},
+        "command_line": machine.command_line,
+        "cpus": machine.cpus,
+        "memory_mib": machine.memory_mib,
+        "console": "/dev/stdout",
+    });
+    if let Some(init) = &machine.init {
+        spec["initramfs"] = json!({"init": {"path": init.binary}});
+    }
+    spec
+}
+
+fn firecracker_config(machine: &Machine) -> serde_json::Value {
+    let mut boot = json!({"kernel_image_path": machine.kernel, "boot_args": machine.command_line});
+    if let Some(init) = &machine.init {
+        boot["initrd_path"] = json!(init.initramfs);
+    }
+    json!({
+        "boot-source": boot,
+        "drives": [],
+        "machine-config": {"vcpu_count": machine.cpus, "mem_size_mib": machine.memory_mib},
+    })
+}
+
+fn cloud_hypervisor(command: &mut Command, machine: &Machine) {
+    command.arg("--kernel").arg(&machine.kernel);
+    command.args([
+        "--cmdline",
+        &machine.command_line,
+        "--serial",
+        "tty",
+        "--console",
+        "off",
+    ]);
+    command.args(["--cpus", &format!("boot={}", machine.cpus)]);
+    command.args(["--memory", &format!("size={}M", machine.memory_mib)]);
+    if let Some(init) = &machine.init {
+        command.arg("--initramfs").arg(&init.initramfs);
+    }
+}
+
+fn qemu(command: &mut Command, machine: &Machine) {
+    let board = "microvm,accel=kvm,pic=off,pit=off,rtc=off,isa-serial=on,auto-kernel-cmdline=off";
+    command.args([
+        "-M",
+        board,
+        "-cpu",
+        "host",
+        "-nodefaults",
+        "-no-user-config",
+        "-no-reboot",
+    ]);
+    command.args(["-display", "none", "-serial", "stdio"]);
+    command.args([
+        "-smp",
+        &machine.cpus.to_string(),
+        "-m",
+        &format!("{}M", machine.memory_mib),
+    ]);
+    command
+        .arg("-kernel")
+        .arg(&machine.kernel)
+        .args(["-append", &machine.command_line]);
+    if let Some(init) = &machine.init {
+        command.arg("-initrd").arg(&init.initramfs);
+    }
+}
+
+fn crosvm(command: &mut Command, machine: &Machine) {
+    command.args([
+        "run",
+        "--disable-sandbox",
+        "--no-balloon",
+        "--no-rng",
+        "--no-usb",
+    ]);
+    command.args(["--serial", "type=stdout,hardware=serial,num=1"]);
+    command.args([
+        "--cpus",
+        &machine.cpus.to_string(),
+        "--mem",
+        &machine.memory_mib.to_string(),
+    ]);
+    command.args(["--params", &machine.command_line]);
+    if let Some(init) = &machine.init {
+        command.arg("--initrd").arg(&init.initramfs);
+    }
+    command.arg(&machine.kernel);
+}

@@ -1,0 +1,81 @@
+//! An image in the store as what a pod needs of it: disks, and the process it is made for.
+#![forbid(unsafe_code)]
+
+use std::path::PathBuf;
+
+use super::failure::Failure;
+use super::images::StoreArgs;
+use super::import::progress;
+use super::process::ImageProcess;
+use crate::client::{NamedFile, PodDisk};
+use crate::image::{ImageConfig, Store, WritableError};
+
+/// virtio-blk serial of the image's disk.
+pub(crate) const IMAGE_SERIAL: &str = "image0";
+/// virtio-blk serial of the container's writable disk.
+pub(crate) const WRITABLE_SERIAL: &str = "rw0";
+
+/// An image ready to run.
+#[derive(Debug)]
+pub(crate) struct Resolved {
+    /// The process that the image is made for.
+    pub(crate) process: ImageProcess,
+    /// The image's disk and the writable one.
+    pub(crate) disks: Vec<PodDisk>,
+}
+
+/// Finds the image, or imports it if `reference` is a path, and makes a writable layer of `disk_size`
+/// bytes, which has no name and is gone with the pod.
+pub(crate) fn resolve(
+    store: &StoreArgs,
+    reference: &str,
+    disk_size: u64,
+) -> Result<Resolved, Failure> {
+    let store = store.open().map_err(Failure::new)?;
+    let record = store
+        .resolve_or_import(reference, progress().as_mut())
+        .map_err(Failure::new)?;
+    let mut parts = Vec::new();
+    for (path, size) in record.disk_parts() {
+        let file = NamedFile::open("image's file", &path).map_err(Failure::new)?;
+        parts.push((file, Some(size)));
+    }
+    let image = PodDisk {
+        serial: IMAGE_SERIAL.to_owned(),
+        parts,
+        read_only: true,
+    };
+    Ok(Resolved {
+        process: image_process(record.config),
+        disks: vec![image, writable(&store, disk_size)?],
+    })
+}
+
+fn writable(store: &Store, size: u64) -> Result<PodDisk, Failure> {
+    let file = store
+        .writable()
+        .clone_unnamed(size)
+        .map_err(|error| match error {
+            WritableError::Size(_) => Failure::usage(error),
+            error => Failure::new(error),
+        })?;
+    let file = NamedFile {
+        file,
+        path: PathBuf::from("the writable layer"),
+    };
+    Ok(PodDisk {
+        serial: WRITABLE_SERIAL.to_owned(),
+        parts: vec![(file, Some(size))],
+        read_only: false,
+    })
+}
+
+fn image_process(config: ImageConfig) -> ImageProcess {
+    ImageProcess {
+        entrypoint: config.entrypoint,
+        command: config.cmd,
+        env: config.env,
+        workdir: config.working_dir,
+        user: config.user,
+    }
+}

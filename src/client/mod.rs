@@ -1,0 +1,26 @@
+//! Starts a pod process and talks to it. Used by the command line; knows nothing of images.
+//!
+//! One thread owns a [`Pod`] and polls it:
+//!
+//! ```text
+//!  PodRequest ──▶ Pod::start ──▶ pod directory, sockets, `cube-vmm` with inherited descriptors
+//!                    │
+//!                    ▼ interests / turn
+//!                 PodEvent: the session's events, and the end of the machine
+//! ```
+//!
+//! - [`run_dir`]: the directory of a pod that lives, removed at its end, also after a crash.
+//! - [`vmm_process`]: `cube-vmm` as a child process.
+//! - [`pod`]: both, with the agent's session.
+//! - [`install`]: where kernel, init and VMM are.
+
+pub(crate) mod capture;
+pub mod install;
+pub mod pod;
+pub mod run_dir;
+pub mod vmm_process;
+
+pub use install::{Install, InstallError, NamedFile};
+pub use pod::{Pod, PodDisk, PodError, PodEvent, PodRequest};
+pub use run_dir::{RunDirError, base_directory};
+pub use vmm_process::{MachineEnd, VmmError};

@@ -1,0 +1,404 @@
+//! The session with the agent: a state machine over one control connection.
+//!
+//! ```text
+//!            adopt_control          Hello, same protocol           end of file, all ended
+//! Listening ───────────────▶ Greeting ────────────────▶ Ready ───────────────────────────▶ Closed
+//!                               │                         │
+//!                               └── anything else ────────┴── a frame out of order ──▶ SessionError
+//!
+//! each container:  Starting ── Started ──▶ Running ── Exited ──▶ Exited
+//!                      └──────────── Exited (not started) ─────────▲
+//! ```
+//!
+//! The guest ends the connection when its containers have ended and every stream was closed by the host;
+//! it powers off when the host has closed its side too, which the session does at once.
+//!
+//! The guest is hostile: every event it may send is one that the state allows, so the number of events
+//! is bounded by what the host asked for. The owner polls [`Session::interests`] and calls
+//! [`Session::turn`]; nothing here blocks.
+#![forbid(unsafe_code)]
+#![cfg_attr(
+    not(test),
+    deny(
+        clippy::unwrap_used,
+        clippy::expect_used,
+        clippy::indexing_slicing,
+        clippy::panic,
+        clippy::arithmetic_side_effects
+    )
+)]
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::net::UnixStream;
+
+use cube_guest::frame::FrameError;
+use cube_guest::{
+    ExitStatus, GuestEvent, GuestMessage, HostMessage, HostRequest, PROTOCOL_VERSION, PodSpec,
+    Stdio,
+};
+use rustix::event::PollFlags;
+
+use super::frames::{Fill, FrameReader, FrameWriter};
+use super::pairing::Pairing;
+
+/// Reads from the control connection per turn; the rest waits for the next.
+const MAX_READS: usize = 8;
+
+/// Why the session ended.
+#[derive(Debug, thiserror::Error)]
+pub enum SessionError {
+    /// The control connection failed, or carried what is not a frame.
+    #[error("the agent's control connection broke: {0}")]
+    Frame(#[from] FrameError),
+    /// The host failed to serve the connection.
+    #[error("the agent's control connection broke: {0}")]
+    Io(#[from] io::Error),
+    /// The first frame was another.
+    #[error("the agent did not begin with its greeting")]
+    NoHello,
+    /// Guest and host come from different versions of Cube.
+    #[error(
+        "the agent (cube-init {version}) speaks protocol {guest}, this side {PROTOCOL_VERSION}: \
+         install cube and cube-init of the same version"
+    )]
+    Protocol {
+        /// The guest's protocol version.
+        guest: u32,
+        /// The guest's version, printable.
+        version: String,
+    },
+    /// A well-formed frame that the state does not allow.
+    #[error("the agent broke the protocol: {0}")]
+    OutOfOrder(String),
+    /// The connection ended while containers were still to report their exit.
+    #[error("the agent closed its control connection before every container had ended")]
+    ClosedEarly,
+    /// The guest has not read requests for too long.
+    #[error("the agent does not read its requests")]
+    Behind,
+    /// A request needs a session that is ready.
+    #[error("the agent is not ready")]
+    NotReady,
+}
+
+/// What the session tells its owner.
+#[derive(Debug)]
+pub enum SessionEvent {
+    /// The handshake is done.
+    Ready {
+        /// Version of `cube-init`, printable.
+        version: String,
+    },
+    /// A container's process was executed.
+    Started {
+        /// The container's id.
+        container: String,
+    },
+    /// A container ended. Its output may still be on its way: a stream is complete at its end of file.
+    Exited {
+        /// The container's id.
+        container: String,
+        /// How; the reason in it is the guest's text, made printable.
+        status: ExitStatus,
+    },
+    /// A stdio stream, in blocking mode.
+    Stream {
+        /// The token that the specification gave it.
+        token: u64,
+        /// The stream.
+        stream: UnixStream,
+    },
+    /// The answer to a request.
+    Reply {
+        /// What [`Session::request`] returned.
+        id: u64,
+        /// The error is the guest's sentence, made printable.
+        result: Result<(), String>,
+    },
+    /// The guest could not set the pod up and powers off. No container ran.
+    Failed {
+        /// The guest's sentence, made printable.
+        reason: String,
+    },
+    /// The guest closed the connection after all its containers had ended.
+    Closed,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum State {
+    Listening,
+    Greeting,
+    Ready,
+    Closed,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Phase {
+    Starting,
+    Running,
+    Exited,
+}
+
+/// The session. See the module's description.
+#[derive(Debug)]
+pub struct Session {
+    state: State,
+    control: Option<UnixStream>,
+    incoming: FrameReader,
+    outgoing: FrameWriter,
+    containers: BTreeMap<String, Phase>,
+    pairing: Pairing,
+    next_id: u64,
+    unanswered: BTreeSet<u64>,
+}
+
+impl Session {
+    /// A session for a pod that the guest starts from `spec`.
+    pub fn new(spec: &PodSpec) -> Self {
+        let mut session = Self {
+            state: State::Listening,
+            control: None,
+            incoming: FrameReader::default(),
+            outgoing: FrameWriter::default(),
+            containers: BTreeMap::new(),
+            pairing: Pairing::default(),
+            next_id: 1,
+            unanswered: BTreeSet::new(),
+        };
+        for container in &spec.containers {
+            session.expect_container(&container.id, &container.process.stdio);
+        }
+        session
+    }
+
+    fn expect_container(&mut self, id: &str, stdio: &Stdio) {
+        self.containers.insert(id.to_owned(), Phase::Starting);
+        for token in tokens(stdio) {
+            self.pairing.expect(token);
+        }
+    }
+
+    /// Takes the control connection. The first one counts: the agent dials before any container
+    /// runs, so a later one is not the agent's and is dropped.
+    ///
+    /// # Errors
+    /// The connection cannot be made non-blocking.
+    pub fn adopt_control(&mut self, stream: UnixStream) -> io::Result<()> {
+        if self.state == State::Listening {
+            stream.set_nonblocking(true)?;
+            self.control = Some(stream);
+            self.state = State::Greeting;
+        }
+        Ok(())
+    }
+
+    /// Takes a stdio stream, which names itself by its token.
+    ///
+    /// # Errors
+    /// The connection cannot be made non-blocking.
+    pub fn adopt_stream(&mut self, stream: UnixStream) -> io::Result<()> {
+        self.pairing.adopt(stream)
+    }
+
+    /// Descriptors to poll, level-triggered.
+    pub fn interests(&self) -> Vec<(BorrowedFd<'_>, PollFlags)> {
+        let mut interests: Vec<_> = self
+            .pairing
+            .waiting()
+            .map(|stream| (stream.as_fd(), PollFlags::IN))
+            .collect();
+        if let Some(control) = &self.control {
+            let mut flags = PollFlags::IN;
+            flags.set(PollFlags::OUT, !self.outgoing.is_empty());
+            interests.push((control.as_fd(), flags));
+        }
+        interests
+    }
+
+    /// Whether the handshake is done and the connection up.
+    pub fn is_ready(&self) -> bool {
+        self.state == State::Ready
+    }
+
+    /// Requests that have not been answered.
+    pub fn unanswered(&self) -> usize {
+        self.unanswered.len()
+    }
+
+    /// Queues a request; its reply carries the id returned.
+    ///
+    /// # Errors
+    /// [`SessionError::NotReady`] before the handshake and after the end, [`SessionError::Behind`] if
+    /// the guest does not read.
+    pub fn request(&mut self, request: HostRequest) -> Result<u64, SessionError> {
+        if self.state != State::Ready {
+            return Err(SessionError::NotReady);
+        }
+        let started = match &request {
+            HostRequest::Start(spec) => Some((spec.id.clone(), spec.process.stdio.clone())),
+            _ => None,
+        };
+        let id = self.next_id;
+        if !self.outgoing.push(&HostMessage { id, request })? {
+            return Err(SessionError::Behind);
+        }
+        self.next_id = self.next_id.wrapping_add(1);
+        self.unanswered.insert(id);
+        if let Some((container, stdio)) = started {
+            self.expect_container(&container, &stdio);
+        }
+        self.flush()?;
+        Ok(id)
+    }
+
+    /// Does what is ready; pushes what happened, in order, also when it ends with an error.
+    ///
+    /// # Errors
+    /// The session is over; the machine should be ended.
+    pub fn turn(&mut self, events: &mut Vec<SessionEvent>) -> Result<(), SessionError> {
+        for (token, stream) in self.pairing.turn()? {
+            events.push(SessionEvent::Stream { token, stream });
+        }
+        self.flush()?;
+        for _ in 0..MAX_READS {
+            let Some(control) = &mut self.control else {
+                return Ok(());
+            };
+            match self.incoming.fill(control)? {
+                Fill::Blocked => return Ok(()),
+                Fill::End => return self.end(events),
+                Fill::Bytes => {}
+            }
+            while let Some(message) = self.incoming.next()? {
+                events.push(self.take(message)?);
+            }
+        }
+        Ok(())
+    }
+
+    fn flush(&mut self) -> Result<(), SessionError> {
+        let Some(control) = &mut self.control else {
+            return Ok(());
+        };
+        match self.outgoing.flush(control) {
+            // The guest closed its side: what it said before that is still to be read.
+            Err(e) if e.kind() == io::ErrorKind::BrokenPipe => Ok(()),
+            result => Ok(result?),
+        }
+    }
+
+    fn end(&mut self, events: &mut Vec<SessionEvent>) -> Result<(), SessionError> {
+        self.control = None;
+        self.state = State::Closed;
+        let all_ended = self.containers.values().all(|p| *p == Phase::Exited);
+        if self.incoming.is_mid_frame() || !all_ended {
+            return Err(SessionError::ClosedEarly);
+        }
+        events.push(SessionEvent::Closed);
+        Ok(())
+    }
+
+    fn take(&mut self, message: GuestMessage) -> Result<SessionEvent, SessionError> {
+        match (self.state, message) {
+            (State::Greeting, GuestMessage::Hello { protocol, version }) => {
+                let version = printable(&version);
+                if protocol != PROTOCOL_VERSION {
+                    return Err(SessionError::Protocol {
+                        guest: protocol,
+                        version,
+                    });
+                }
+                self.state = State::Ready;
+                Ok(SessionEvent::Ready { version })
+            }
+            (State::Greeting, _) => Err(SessionError::NoHello),
+            (_, GuestMessage::Hello { .. }) => Err(out_of_order("a second greeting")),
+            (_, GuestMessage::Reply { id, result }) => {
+                if !self.unanswered.remove(&id) {
+                    return Err(out_of_order(&format!("a reply to no request ({id})")));
+                }
+                let result = result.map_err(|sentence| printable(&sentence));
+                Ok(SessionEvent::Reply { id, result })
+            }
+            (_, GuestMessage::Event(event)) => self.take_event(event),
+        }
+    }
+
+    fn take_event(&mut self, event: GuestEvent) -> Result<SessionEvent, SessionError> {
+        match event {
+            GuestEvent::Failed { reason } => {
+                if self.containers.values().any(|p| *p != Phase::Starting) {
+                    return Err(out_of_order(
+                        "a failure to set up after a container's start",
+                    ));
+                }
+                self.containers.clear();
+                let reason = printable(&reason);
+                Ok(SessionEvent::Failed { reason })
+            }
+            GuestEvent::Started { container } => {
+                self.advance(&container, Phase::Running)?;
+                Ok(SessionEvent::Started { container })
+            }
+            GuestEvent::Exited { container, status } => {
+                self.advance(&container, Phase::Exited)?;
+                let status = match status {
+                    ExitStatus::NotStarted { code, reason } => ExitStatus::NotStarted {
+                        code,
+                        reason: printable(&reason),
+                    },
+                    status => status,
+                };
+                Ok(SessionEvent::Exited { container, status })
+            }
+        }
+    }
+
+    fn advance(&mut self, container: &str, to: Phase) -> Result<(), SessionError> {
+        match (self.containers.get_mut(container), to) {
+            (Some(phase @ Phase::Starting), Phase::Running)
+            | (Some(phase @ (Phase::Starting | Phase::Running)), Phase::Exited) => {
+                *phase = to;
+                Ok(())
+            }
+            (Some(_), _) => Err(out_of_order("a container's event came out of order")),
+            (None, _) => Err(out_of_order(
+                "an event of a container that is not the pod's",
+            )),
+        }
+    }
+}
+
+fn out_of_order(what: &str) -> SessionError {
+    SessionError::OutOfOrder(what.to_owned())
+}
+
+fn tokens(stdio: &Stdio) -> Vec<u64> {
+    match stdio {
+        Stdio::Null => Vec::new(),
+        Stdio::Pipes {
+            stdin,
+            stdout,
+            stderr,
+        } => [stdin, stdout, stderr]
+            .into_iter()
+            .flatten()
+            .copied()
+            .collect(),
+        Stdio::Terminal { token, .. } => vec![*token],
+    }
+}
+
+/// The guest's text, fit to be shown: no control characters (terminals obey them), at most 1,000
+/// characters.
+fn printable(text: &str) -> String {
+    text.chars()
+        .take(1000)
+        .map(|c| if c.is_control() { '\u{fffd}' } else { c })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests;

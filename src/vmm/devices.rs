@@ -1,0 +1,75 @@
+//! The devices that a spec asks for, made before anything costly happens, in the order of their slots:
+//! disks, vsock, rng.
+#![forbid(unsafe_code)]
+
+use std::io;
+
+use crate::vmm::files::{FileError, Opened};
+use crate::vmm::spec::{DiskSpec, ValidSpec};
+use crate::vmm::virtio::VirtioDevice;
+use crate::vmm::virtio::blk::{Blk, Disk, DiskError, PartFile};
+use crate::vmm::virtio::rng::Rng;
+use crate::vmm::virtio::vsock::{Vsock, VsockError};
+
+/// A device cannot be made or attached.
+#[derive(Debug, thiserror::Error)]
+pub enum DeviceError {
+    /// A disk's file cannot be opened.
+    #[error(transparent)]
+    File(#[from] FileError),
+    /// A disk's files do not make a disk.
+    #[error(transparent)]
+    Disk(#[from] DiskError),
+    /// The vsock device's socket cannot be made.
+    #[error(transparent)]
+    Vsock(#[from] VsockError),
+    /// Every slot has a device.
+    #[error("no virtio slot is free for {name}; raise `spare_slots`")]
+    NoSlot {
+        /// The device.
+        name: String,
+    },
+    /// KVM refused the ioeventfd.
+    #[error("KVM cannot watch the notifications of {name}: {source}")]
+    Notify {
+        /// The device.
+        name: String,
+        /// The kernel's answer.
+        source: io::Error,
+    },
+}
+
+/// Makes the spec's devices.
+///
+/// # Errors
+/// The device whose file or socket is not to be had.
+pub fn open(spec: &ValidSpec) -> Result<Vec<Box<dyn VirtioDevice>>, DeviceError> {
+    let mut devices: Vec<Box<dyn VirtioDevice>> = Vec::new();
+    for disk in &spec.disks {
+        devices.push(Box::new(Blk::new(open_disk(disk)?)));
+    }
+    if let Some(vsock) = &spec.vsock {
+        devices.push(Box::new(Vsock::new(vsock.cid, &vsock.path)?));
+    }
+    if spec.rng {
+        devices.push(Box::new(Rng));
+    }
+    Ok(devices)
+}
+
+fn open_disk(spec: &DiskSpec) -> Result<Disk, DeviceError> {
+    let role = format!("file of disk {}", spec.serial);
+    let mut files = Vec::new();
+    for part in &spec.parts {
+        let Opened { file, path } = match spec.read_only {
+            true => Opened::for_reading(&part.file, &role)?,
+            false => Opened::for_writing(&part.file, &role)?,
+        };
+        files.push(PartFile {
+            file,
+            path,
+            size: part.size,
+        });
+    }
+    Ok(Disk::new(&spec.serial, files, spec.read_only)?)
+}

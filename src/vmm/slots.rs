@@ -1,0 +1,113 @@
+//! The virtio-mmio slots of a machine: a window, an interrupt line and, while a device is in it, an
+//! ioeventfd for its notifications.
+//!
+//! Empty slots are there from the start (the kernel's command line declares them), so that a device can be
+//! attached while the machine runs, without changing a bus that vCPU threads read.
+#![forbid(unsafe_code)]
+
+use std::io;
+use std::sync::Arc;
+
+use kvm_ioctls::{IoEventAddress, NoDatamatch, VmFd};
+
+use crate::vmm::bus::BusBuilder;
+use crate::vmm::devices::DeviceError;
+use crate::vmm::irq;
+use crate::vmm::kvm::{KvmError, Vm};
+use crate::vmm::layout;
+use crate::vmm::virtio::mmio::{MmioTransport, QUEUE_NOTIFY};
+use crate::vmm::virtio::{Counters, VirtioDevice};
+use crate::vmm::worker::Worker;
+
+/// All slots, filled and empty.
+pub struct Slots {
+    vm: Arc<VmFd>,
+    slots: Vec<Arc<MmioTransport>>,
+}
+
+/// Where a device went.
+pub struct Attached {
+    /// Number of the slot.
+    pub slot: usize,
+    /// What the device has done.
+    pub counters: Arc<Counters>,
+}
+
+impl Slots {
+    /// That many empty slots, each wired to its interrupt line. Without a worker there are none.
+    ///
+    /// # Errors
+    /// KVM refused, or no eventfd can be had.
+    pub fn new(vm: &Vm, worker: Option<&Worker>, count: usize) -> Result<Self, KvmError> {
+        let mut slots = Vec::new();
+        if let Some(worker) = worker {
+            for slot in 0..count {
+                let line = irq::irqfd(vm.fd(), layout::slot_irq(slot))?;
+                let transport = MmioTransport::new(vm.memory().clone(), worker.handle(), line)
+                    .map_err(|source| KvmError::Call {
+                        action: "make a virtio slot",
+                        source,
+                    })?;
+                slots.push(Arc::new(transport));
+            }
+        }
+        Ok(Self {
+            vm: vm.fd().clone(),
+            slots,
+        })
+    }
+
+    /// Puts every slot on the bus.
+    pub fn add_to(&self, bus: &mut BusBuilder) {
+        for (slot, transport) in self.slots.iter().enumerate() {
+            bus.add(
+                layout::slot_address(slot),
+                layout::SLOT_SIZE,
+                transport.clone(),
+            );
+        }
+    }
+
+    /// Puts a device into the first empty slot.
+    ///
+    /// # Errors
+    /// All slots are taken, or KVM refused the ioeventfd.
+    pub fn attach(&self, device: Box<dyn VirtioDevice>) -> Result<Attached, DeviceError> {
+        let name = device.name();
+        let mut device = device;
+        for (slot, transport) in self.slots.iter().enumerate() {
+            match transport.attach(device) {
+                Ok(counters) => {
+                    return match self.listen(slot, transport) {
+                        Ok(()) => Ok(Attached { slot, counters }),
+                        Err(source) => {
+                            drop(transport.detach());
+                            Err(DeviceError::Notify { name, source })
+                        }
+                    };
+                }
+                Err(refused) => device = refused,
+            }
+        }
+        Err(DeviceError::NoSlot { name })
+    }
+
+    /// Takes the device out of a slot, stopped; the guest's driver was unbound before.
+    pub fn detach(&self, slot: usize) -> Option<Box<dyn VirtioDevice>> {
+        let transport = self.slots.get(slot)?;
+        let device = transport.detach()?;
+        let address = IoEventAddress::Mmio(layout::slot_address(slot) + QUEUE_NOTIFY);
+        // If KVM has forgotten it, nothing is left to forget.
+        let _ = self
+            .vm
+            .unregister_ioevent(transport.kick(), &address, NoDatamatch);
+        Some(device)
+    }
+
+    fn listen(&self, slot: usize, transport: &MmioTransport) -> io::Result<()> {
+        let address = IoEventAddress::Mmio(layout::slot_address(slot) + QUEUE_NOTIFY);
+        Ok(self
+            .vm
+            .register_ioevent(transport.kick(), &address, NoDatamatch)?)
+    }
+}

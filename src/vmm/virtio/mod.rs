@@ -1,0 +1,270 @@
+//! The device model in four words.
+//!
+//! - [`VirtioDevice`] is the face: id, features, config space. vCPU threads touch it through the
+//!   transport (`mmio`), under the transport's lock.
+//! - [`Activation`] is everything a device needs to run, moved in once when the driver sets DRIVER_OK.
+//! - [`Active`] is the worker half, owned by exactly one thread. In no loop, it is paused. On reset it is
+//!   consumed and gives back its queues and whatever the face needs to be activated again.
+//! - [`drain::QueueHandler`] is what a device's author writes: one call per descriptor chain; no
+//!   epoll, no thread, no transport in sight. [`drain::Drain`] is the one [`Active`] over it.
+//!
+//! ```text
+//!             DRIVER_OK                      worker.adopt
+//! VirtioDevice ───────▶ activate(Activation) ───────────▶ Active (on the worker)
+//!      ▲                                                      │ worker.release: quiesce
+//!      └──────────────── reset(Box<dyn Active>) ◀─────────────┘
+//! ```
+#![deny(unsafe_code)]
+#![cfg_attr(
+    not(test),
+    deny(
+        clippy::unwrap_used,
+        clippy::expect_used,
+        clippy::indexing_slicing,
+        clippy::panic,
+        clippy::arithmetic_side_effects
+    )
+)]
+
+pub mod blk;
+pub mod chain;
+pub mod counters;
+pub mod drain;
+pub mod iovec;
+pub mod mmio;
+pub mod rng;
+
+pub mod vsock;
+
+use std::os::fd::RawFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+
+use virtio_queue::Queue;
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::vmm::memory::GuestMemory;
+
+pub use counters::Counters;
+
+/// The face of a device: what the transport shows to the driver.
+pub trait VirtioDevice: Send {
+    /// Virtio device id (virtio 1.2, section 5).
+    fn device_type(&self) -> u32;
+
+    /// What the host's log calls the device, such as `virtio-blk image0`.
+    fn name(&self) -> String;
+
+    /// Feature bits offered to the driver, transport bits (VERSION_1, EVENT_IDX) included.
+    fn features(&self) -> u64;
+
+    /// The largest size of each queue, a power of two; the length is the number of queues.
+    fn queue_sizes(&self) -> &[u16];
+
+    /// How many queues, from the first, the driver must enable; a driver that sets DRIVER_OK with
+    /// fewer gets NEEDS_RESET, and the device is not activated.
+    fn required_queues(&self) -> usize {
+        self.queue_sizes().len()
+    }
+
+    /// Reads the device's config space; bytes beyond its end read as zero.
+    fn read_config(&self, offset: u64, data: &mut [u8]);
+
+    /// Writes the device's config space. Most devices have nothing writable.
+    fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
+
+    /// Starts the device: consumes the activation, returns the worker half.
+    ///
+    /// # Errors
+    /// A host-side failure; the transport answers the driver with NEEDS_RESET.
+    fn activate(&mut self, activation: Activation) -> Result<Box<dyn Active>, HostError>;
+
+    /// Takes the stopped worker half back after the driver reset the device, so that it can be
+    /// activated again.
+    fn reset(&mut self, stopped: Box<dyn Active>);
+}
+
+/// Everything a device gets when the driver is ready. Moved in once.
+pub struct Activation {
+    /// Guest memory.
+    pub memory: GuestMemory,
+    /// Features that driver and device agreed on.
+    pub features: u64,
+    /// The queues that the driver enabled, in index order; validated against guest memory.
+    pub queues: Vec<ActiveQueue>,
+    /// Signalled (by KVM through an ioeventfd) when the driver notifies any queue of the device. One
+    /// for all queues: each ioeventfd costs a grace period when the machine starts, and looking at a
+    /// queue that has nothing costs one load. Non-blocking.
+    pub kick: EventFd,
+    /// The way to interrupt the driver.
+    pub interrupt: Interrupt,
+    /// What the device has done, read by other threads.
+    pub counters: Arc<Counters>,
+}
+
+/// One enabled virtqueue.
+pub struct ActiveQueue {
+    /// Index of the queue in the device.
+    pub index: u16,
+    /// The split ring.
+    pub queue: Queue,
+}
+
+/// Interrupts the driver (call): an irqfd, and what the transport's registers show of it.
+#[derive(Clone)]
+pub struct Interrupt {
+    irqfd: Arc<EventFd>,
+    shared: Arc<InterruptState>,
+}
+
+#[derive(Default)]
+struct InterruptState {
+    /// The InterruptStatus register.
+    status: AtomicU32,
+    /// Whether the Status register shows DEVICE_NEEDS_RESET.
+    needs_reset: AtomicBool,
+    /// The ConfigGeneration register.
+    generation: AtomicU32,
+}
+
+/// InterruptStatus bit 0: used buffers (virtio 1.2, section 4.2.2).
+pub const INTERRUPT_USED_BUFFER: u32 = 1;
+/// InterruptStatus bit 1: configuration change (virtio 1.2, section 4.2.2).
+pub const INTERRUPT_CONFIG_CHANGE: u32 = 2;
+
+impl Interrupt {
+    /// `irqfd` raises the line.
+    pub fn new(irqfd: Arc<EventFd>) -> Self {
+        Self {
+            irqfd,
+            shared: Arc::default(),
+        }
+    }
+
+    /// Tells the driver that used buffers are waiting.
+    pub fn used_buffer(&self) {
+        self.raise(INTERRUPT_USED_BUFFER);
+    }
+
+    /// Tells the driver that the config space changed.
+    pub fn config_change(&self) {
+        self.shared.generation.fetch_add(1, Ordering::AcqRel);
+        self.raise(INTERRUPT_CONFIG_CHANGE);
+    }
+
+    /// Shows DEVICE_NEEDS_RESET and tells the driver: the answer to a broken ring.
+    pub fn needs_reset(&self) {
+        self.shared.needs_reset.store(true, Ordering::Release);
+        self.raise(INTERRUPT_CONFIG_CHANGE);
+    }
+
+    /// The InterruptStatus register.
+    pub fn status(&self) -> u32 {
+        self.shared.status.load(Ordering::Acquire)
+    }
+
+    /// Clears the bits that the driver wrote to InterruptACK.
+    pub fn acknowledge(&self, bits: u32) {
+        self.shared.status.fetch_and(!bits, Ordering::AcqRel);
+    }
+
+    /// Whether the device gave up on its driver.
+    pub fn is_broken(&self) -> bool {
+        self.shared.needs_reset.load(Ordering::Acquire)
+    }
+
+    /// The ConfigGeneration register.
+    pub fn generation(&self) -> u32 {
+        self.shared.generation.load(Ordering::Acquire)
+    }
+
+    /// Back to the state after a reset: nothing pending, not broken. The generation goes on.
+    pub fn clear(&self) {
+        self.shared.status.store(0, Ordering::Release);
+        self.shared.needs_reset.store(false, Ordering::Release);
+    }
+
+    fn raise(&self, bit: u32) {
+        self.shared.status.fetch_or(bit, Ordering::AcqRel);
+        // An eventfd write fails only when its counter is full, and then the line is raised already.
+        let _ = self.irqfd.write(1);
+    }
+}
+
+/// The token that [`Active::ready`] gets when no descriptor is ready: once after adoption, and after
+/// each turn that asked for [`Turn::again`].
+pub const RESUME: u32 = u32::MAX;
+
+/// The worker half of a device: owned by exactly one thread, polled by its loop.
+pub trait Active: Send + std::any::Any {
+    /// Descriptors to poll, with the token that [`Active::ready`] is called with. Read at adoption
+    /// and again after every `ready` that returns [`Turn::rearm`]. Each descriptor at most once. A
+    /// device with many descriptors keeps them in an epoll of its own and returns that one.
+    fn interests(&self) -> Vec<Interest>;
+
+    /// Does the work that a ready descriptor (or [`RESUME`]) asks for; bounded, so that devices on one
+    /// worker share it.
+    ///
+    /// # Errors
+    /// Only a failure of the host. Whatever the guest did wrong is handled inside (status byte,
+    /// NEEDS_RESET, a counter). A device that returns an error has shown NEEDS_RESET; the worker
+    /// reports the error and polls the device no more, but keeps it until it is released.
+    fn ready(&mut self, token: u32) -> Result<Turn, HostError>;
+
+    /// Called on the worker's thread before the device is released: finishes or cancels what is in
+    /// flight. After it nothing touches guest memory on the device's behalf.
+    fn quiesce(&mut self) {}
+}
+
+/// One descriptor that an active device wants polled, level-triggered.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Interest {
+    /// The descriptor, owned by the device.
+    pub fd: RawFd,
+    /// Given back to [`Active::ready`]. Unique within the device; not [`RESUME`].
+    pub token: u32,
+    /// Wake up when readable.
+    pub readable: bool,
+    /// Wake up when writable.
+    pub writable: bool,
+}
+
+/// What the worker does after a turn.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Turn {
+    /// The set of descriptors changed: ask [`Active::interests`] again.
+    pub rearm: bool,
+    /// There is more to do and no descriptor says so: call `ready(RESUME)` after the other devices
+    /// had their turn.
+    pub again: bool,
+}
+
+/// What the guest did wrong. It costs the guest its request or its device, never the pod.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum GuestFault {
+    /// A ring or a descriptor points outside guest memory.
+    #[error("a ring or descriptor points outside guest memory")]
+    Address,
+    /// A chain is cyclic, over-long, or its descriptors are in the wrong order or direction.
+    #[error("a descriptor chain is malformed")]
+    Chain,
+    /// The available ring claims more entries than the queue holds, or the same head twice.
+    #[error("the available ring is inconsistent")]
+    Ring,
+    /// The device-specific request is malformed.
+    #[error("a request is malformed")]
+    Request,
+}
+
+/// What failed on the host. Only this can end the pod.
+#[derive(Debug, thiserror::Error)]
+#[error("{device}: {action}: {source}")]
+pub struct HostError {
+    /// The device, as its author calls it, such as `virtio-blk image0`.
+    pub device: String,
+    /// What was being done, as a verb phrase such as `read the backing file`.
+    pub action: &'static str,
+    /// The operating system's answer.
+    #[source]
+    pub source: std::io::Error,
+}

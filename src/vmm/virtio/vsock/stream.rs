@@ -1,0 +1,341 @@
+//! One stream with its socket: moves bytes between the socket and guest memory as
+//! [`Connection`] allows.
+//!
+//! Towards the host, a packet's payload goes from guest memory straight into the socket; what the socket
+//! does not take is copied into `pending`, which credit bounds, and follows when the socket is writable.
+//! Towards the guest, bytes are read from the socket straight into guest memory; nothing is buffered.
+//!
+//! The socket is polled edge-triggered: `readable` stays set until a read has found the socket empty, and
+//! writability is watched only while `pending` holds something. So a stream in full flow costs no epoll
+//! call at all.
+#![forbid(unsafe_code)]
+#![cfg_attr(
+    not(test),
+    deny(
+        clippy::unwrap_used,
+        clippy::expect_used,
+        clippy::indexing_slicing,
+        clippy::panic,
+        clippy::arithmetic_side_effects
+    )
+)]
+
+use std::io;
+use std::net::Shutdown;
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
+use std::time::Instant;
+
+use rustix::event::epoll::EventFlags;
+use rustix::net::SendFlags;
+
+use super::connection::{Connection, Phase};
+use super::packet::HEADER_LEN;
+use super::ring::{Ring, SpareRings};
+use crate::vmm::memory::GuestMemory;
+use crate::vmm::virtio::GuestFault;
+use crate::vmm::virtio::chain::Segments;
+use crate::vmm::virtio::iovec::IoVecs;
+
+/// One stream: its protocol state, its socket, and the bytes between.
+pub struct Stream {
+    /// The protocol state.
+    pub connection: Connection,
+    /// When the phase's deadline is, if it has one.
+    pub deadline: Option<Instant>,
+    /// Gone when the host's side is closed.
+    socket: Option<UnixStream>,
+    /// What the socket has not taken yet; as long as `connection.held()`.
+    pending: Ring,
+    /// A read may find bytes or the end.
+    readable: bool,
+    /// The end comes after what is there to read: a read that comes back short is not the last.
+    ending: bool,
+    /// Polled for writability.
+    watched: bool,
+    /// The client waits to be told `OK`.
+    greet: bool,
+    write_shut: bool,
+    read_shut: bool,
+}
+
+impl Stream {
+    /// The guest dialled; the host has accepted.
+    pub fn answered(connection: Connection, socket: UnixStream) -> Self {
+        Self {
+            connection,
+            deadline: None,
+            socket: Some(socket),
+            pending: Ring::default(),
+            readable: true,
+            ending: false,
+            watched: false,
+            greet: false,
+            write_shut: false,
+            read_shut: false,
+        }
+    }
+
+    /// A client of the host dials; the guest has yet to accept.
+    pub fn dialled(connection: Connection, client: UnixStream) -> Self {
+        Self {
+            greet: true,
+            ..Self::answered(connection, client)
+        }
+    }
+
+    /// The socket, unless the host's side is closed.
+    pub fn socket(&self) -> Option<&UnixStream> {
+        self.socket.as_ref()
+    }
+
+    /// The events that the socket is to be polled for.
+    pub fn events(&self) -> EventFlags {
+        let mut events = EventFlags::IN | EventFlags::RDHUP | EventFlags::ET;
+        if !self.pending.is_empty() {
+            events |= EventFlags::OUT;
+        }
+        events
+    }
+
+    /// The events to poll for, if they are others than before.
+    pub fn changed_events(&mut self) -> Option<EventFlags> {
+        let watch = !self.pending.is_empty();
+        if std::mem::replace(&mut self.watched, watch) == watch {
+            return None;
+        }
+        Some(self.events())
+    }
+
+    /// Takes what epoll says about the socket.
+    pub fn on_events(&mut self, events: EventFlags, spare: &mut SpareRings) {
+        let end = EventFlags::RDHUP | EventFlags::HUP | EventFlags::ERR;
+        self.ending |= events.intersects(end);
+        self.readable |= events.intersects(end | EventFlags::IN);
+        if events.intersects(EventFlags::HUP) {
+            self.connection.hung_up();
+        }
+        if events.intersects(EventFlags::OUT | EventFlags::HUP | EventFlags::ERR) {
+            self.flush(spare);
+        }
+    }
+
+    /// Whether the stream has something for the guest, as far as is known without asking the socket.
+    pub fn wants_turn(&self) -> bool {
+        self.connection.has_control() || (self.readable && self.connection.room() > 0)
+    }
+
+    /// Asks the guest for credit if only that is missing.
+    pub fn notice_drought(&mut self) {
+        if self.readable {
+            self.connection.wants_room();
+        }
+    }
+
+    /// The guest accepted: tells the client, in the dialect, which host port it got.
+    pub fn opened(&mut self, port: u32) {
+        if !std::mem::take(&mut self.greet) {
+            return;
+        }
+        let line = format!("OK {port}\n");
+        let sent = self
+            .socket
+            .as_ref()
+            .map(|socket| rustix::net::send(socket, line.as_bytes(), SendFlags::NOSIGNAL));
+        // Nothing was sent before it, so there is space for it, unless the client is gone.
+        if !matches!(sent, Some(Ok(n)) if n == line.len()) {
+            self.connection.sink_refused();
+        }
+    }
+
+    /// Takes `len` bytes of payload that the connection has accepted, after the header in `packet`.
+    ///
+    /// # Errors
+    /// The packet's memory cannot be read.
+    pub fn take_payload(
+        &mut self,
+        memory: &GuestMemory,
+        packet: &Segments,
+        len: u32,
+        spare: &mut SpareRings,
+    ) -> Result<(), GuestFault> {
+        let mut offset = header_len();
+        let mut left = len;
+        if self.pending.is_empty() && left > 0 {
+            let sent = match self.send(memory, packet, offset, left)? {
+                Ok(sent) => sent,
+                Err(_) => {
+                    self.refused(spare);
+                    return Ok(());
+                }
+            };
+            self.connection.forwarded(sent);
+            offset = offset.saturating_add(sent);
+            left = left.saturating_sub(sent);
+        }
+        if left > 0 {
+            self.hold(memory, packet, offset, left, spare)?;
+        }
+        self.apply_shutdown();
+        Ok(())
+    }
+
+    /// Sends straight from guest memory; 0 when the socket takes nothing now.
+    fn send(
+        &self,
+        memory: &GuestMemory,
+        packet: &Segments,
+        offset: u32,
+        len: u32,
+    ) -> Result<io::Result<u32>, GuestFault> {
+        let Some(socket) = &self.socket else {
+            return Ok(Err(io::ErrorKind::NotConnected.into()));
+        };
+        let mut vectors = IoVecs::new(memory, packet, offset, len)?;
+        Ok(patiently(|| vectors.send_some(socket.as_fd())))
+    }
+
+    /// Copies what the socket did not take.
+    fn hold(
+        &mut self,
+        memory: &GuestMemory,
+        packet: &Segments,
+        offset: u32,
+        len: u32,
+        spare: &mut SpareRings,
+    ) -> Result<(), GuestFault> {
+        if self.pending.capacity() == 0 {
+            self.pending = spare.take(self.connection.buffer() as usize);
+        }
+        // Credit bounds what is held, these bytes included: there is space.
+        let (first, second) = self
+            .pending
+            .append(len as usize)
+            .ok_or(GuestFault::Request)?;
+        packet.read(memory, offset, first)?;
+        let split = u32::try_from(first.len()).map_err(|_| GuestFault::Request)?;
+        packet.read(memory, offset.saturating_add(split), second)
+    }
+
+    /// Passes pending bytes on, as many as the socket takes.
+    pub fn flush(&mut self, spare: &mut SpareRings) {
+        while !self.pending.is_empty() {
+            let Some(socket) = &self.socket else {
+                self.refused(spare);
+                return;
+            };
+            let first = self.pending.front();
+            let sent = patiently(|| Ok(rustix::net::send(socket, first, SendFlags::NOSIGNAL)?));
+            match sent {
+                Ok(0) => return,
+                Ok(sent) => {
+                    self.pending.consume(sent as usize);
+                    self.connection.forwarded(sent);
+                }
+                Err(_) => self.refused(spare),
+            }
+        }
+        spare.give(std::mem::take(&mut self.pending));
+        self.apply_shutdown();
+    }
+
+    fn refused(&mut self, spare: &mut SpareRings) {
+        spare.give(std::mem::take(&mut self.pending));
+        self.connection.sink_refused();
+    }
+
+    /// Shuts the sides of the socket that the guest has shut.
+    pub fn apply_shutdown(&mut self) {
+        let Some(socket) = &self.socket else {
+            return;
+        };
+        // They fail only when the other side is gone, which epoll reports.
+        if !self.write_shut && self.connection.write_side_done() {
+            self.write_shut = true;
+            let _ = socket.shutdown(Shutdown::Write);
+        }
+        if !self.read_shut && self.connection.read_side_done() {
+            self.read_shut = true;
+            let _ = socket.shutdown(Shutdown::Read);
+        }
+    }
+
+    /// Reads bytes of the host straight into `packet`, after the space for the header. Returns how many:
+    /// 0 when there are none now, or no credit for them, or the host has ended (the connection knows).
+    ///
+    /// # Errors
+    /// The packet's memory cannot be written.
+    pub fn read_into(
+        &mut self,
+        memory: &GuestMemory,
+        packet: &Segments,
+        most: u32,
+    ) -> Result<u32, GuestFault> {
+        let space = packet.len().saturating_sub(header_len());
+        let most = most.min(space).min(self.connection.room());
+        let Some(socket) = &self.socket else {
+            return Ok(0);
+        };
+        if most == 0 || !self.readable {
+            return Ok(0);
+        }
+        let mut vectors = IoVecs::new(memory, packet, header_len(), most)?;
+        let result = loop {
+            match vectors.read_some(socket.as_fd()) {
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                result => break result,
+            }
+        };
+        match result {
+            Ok(0) => {
+                self.readable = false;
+                self.connection.source_ended();
+                Ok(0)
+            }
+            Ok(read) => {
+                let read = u32::try_from(read).map_err(|_| GuestFault::Request)?;
+                self.readable = self.ending || read == most;
+                self.connection.sending(read);
+                Ok(read)
+            }
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                self.readable = false;
+                Ok(0)
+            }
+            // Such as "connection reset": the host closed with bytes of the guest unread.
+            Err(_) => {
+                self.readable = false;
+                self.connection.hung_up();
+                self.connection.source_ended();
+                Ok(0)
+            }
+        }
+    }
+
+    /// Closes the host's side at once; what is pending is lost.
+    pub fn close(&mut self, spare: &mut SpareRings) {
+        self.socket = None;
+        spare.give(std::mem::take(&mut self.pending));
+    }
+
+    /// The guest has ended the stream, and nothing waits for the host: it can be removed.
+    pub fn is_over(&self) -> bool {
+        self.connection.phase() == Phase::Ended && self.pending.is_empty()
+    }
+}
+
+fn header_len() -> u32 {
+    HEADER_LEN as u32
+}
+
+/// Repeats a call that a signal interrupts; "would block" is 0 bytes.
+fn patiently(mut call: impl FnMut() -> io::Result<usize>) -> io::Result<u32> {
+    loop {
+        match call() {
+            Ok(n) => return u32::try_from(n).map_err(io::Error::other),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(0),
+            Err(error) => return Err(error),
+        }
+    }
+}

@@ -1,0 +1,13 @@
+//! Real guests: containers in microVMs on a KVM that can run Linux.
+//!
+//! `cargo xtask test` runs this where there is one, with `CUBE_E2E=1` and the paths that [`machine`] reads.
+//! A test is a few lines on the fixture; the fixture checks after every run that nothing was left behind.
+
+mod fixture;
+
+mod ends;
+mod environment;
+mod faults;
+mod images;
+mod streams;
+mod terminals;

@@ -1,0 +1,251 @@
+//! Debian packages: which are missing, and installing them.
+#![forbid(unsafe_code)]
+
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use crate::error::{Error, Result};
+use crate::run;
+
+/// To compile and link everything.
+pub(crate) const BUILD: &[&str] = &["gcc", "libc6-dev", "ca-certificates"];
+/// To build the slim kernel.
+pub(crate) const KERNEL: &[&str] = &[
+    "linux-source-6.1",
+    "make",
+    "gcc",
+    "libc6-dev",
+    "flex",
+    "bison",
+    "bc",
+    "libelf-dev",
+    "libssl-dev",
+    "xz-utils",
+    "binutils",
+    "patch",
+];
+/// To run the testbed.
+pub(crate) const TESTBED: &[&str] = &["qemu-system-x86", "busybox-static", "cpio", "kmod"];
+/// To make images and to check what Cube made of them.
+pub(crate) const IMAGES: &[&str] = &["umoci", "erofs-utils", "e2fsprogs"];
+
+/// Those of `wanted` that are not installed, sorted.
+pub(crate) fn missing(wanted: &[&[&str]]) -> Result<Vec<String>> {
+    let output = Command::new("dpkg-query")
+        .args(["-W", "-f", "${Package} ${db:Status-Status}\n"])
+        .output()
+        .map_err(|_| {
+            Error::Said(
+                "dpkg-query is not here: the set-up knows Debian 12 and its kin; install by hand \
+                 what the lists in xtask/src/apt.rs name, and use the other subcommands"
+                    .into(),
+            )
+        })?;
+    Ok(absent(
+        &installed(&String::from_utf8_lossy(&output.stdout)),
+        wanted,
+    ))
+}
+
+/// The names that dpkg reports as installed; removed packages with configuration left are not.
+fn installed(report: &str) -> BTreeSet<&str> {
+    report
+        .lines()
+        .filter_map(|line| line.trim().strip_suffix(" installed"))
+        .collect()
+}
+
+fn absent(installed: &BTreeSet<&str>, wanted: &[&[&str]]) -> Vec<String> {
+    let absent: BTreeSet<&str> = wanted
+        .iter()
+        .copied()
+        .flatten()
+        .copied()
+        .filter(|name| !installed.contains(name))
+        .collect();
+    absent.into_iter().map(str::to_owned).collect()
+}
+
+/// Installs what is missing of `wanted`, with apt's own output; says whether there was anything to do.
+///
+/// # Errors
+/// [`Error::Packages`] when something is missing and this is not root.
+pub(crate) fn ensure(wanted: &[&[&str]]) -> Result<bool> {
+    let names = missing(wanted)?;
+    if names.is_empty() {
+        return Ok(false);
+    }
+    if !rustix::process::geteuid().is_root() {
+        return Err(Error::Packages(names));
+    }
+    eprintln!("  installing {}", names.join(" "));
+    update()?;
+    run::shown(
+        apt_get()
+            .args(["install", "--yes", "--no-install-recommends"])
+            .args(&names),
+    )?;
+    Ok(true)
+}
+
+fn apt_get() -> Command {
+    let mut command = Command::new("apt-get");
+    command
+        .env("DEBIAN_FRONTEND", "noninteractive")
+        .args(["-q", "-o", "Dpkg::Use-Pty=0"]);
+    command
+}
+
+/// Reads the package lists anew.
+fn update() -> Result<()> {
+    run::shown(apt_get().arg("update"))
+}
+
+/// The version that would be installed, or is.
+pub(crate) fn version(package: &str) -> Result<String> {
+    if let Some(version) = policy(package)? {
+        return Ok(version);
+    }
+    if rustix::process::geteuid().is_root() {
+        update()?;
+        if let Some(version) = policy(package)? {
+            return Ok(version);
+        }
+    }
+    Err(Error::Said(format!(
+        "apt knows no package {package}: run `apt-get update` as root, and see that \
+         /etc/apt/sources.list names a Debian 12 mirror"
+    )))
+}
+
+fn policy(package: &str) -> Result<Option<String>> {
+    let text = run::captured(
+        Command::new("apt-cache")
+            .env("LC_ALL", "C")
+            .args(["policy", "--", package]),
+    )?;
+    Ok(policy_version(&text))
+}
+
+/// The installed version, else the candidate.
+fn policy_version(policy: &str) -> Option<String> {
+    let field = |name: &str| {
+        policy
+            .lines()
+            .find_map(|line| line.trim().strip_prefix(name))
+            .map(str::trim)
+            .filter(|version| *version != "(none)" && !version.is_empty())
+    };
+    field("Installed:")
+        .or_else(|| field("Candidate:"))
+        .map(str::to_owned)
+}
+
+/// The package that the metapackage `name` depends on and whose name starts with `prefix`.
+pub(crate) fn dependency(name: &str, prefix: &str) -> Result<String> {
+    version(name)?;
+    let text = run::captured(
+        Command::new("apt-cache")
+            .env("LC_ALL", "C")
+            .args(["depends", "--", name]),
+    )?;
+    depends(&text, prefix).ok_or_else(|| {
+        Error::Said(format!(
+            "the package {name} depends on nothing called {prefix}*"
+        ))
+    })
+}
+
+fn depends(text: &str, prefix: &str) -> Option<String> {
+    text.lines()
+        .filter_map(|line| line.trim().strip_prefix("Depends: "))
+        .find(|name| name.starts_with(prefix))
+        .map(str::to_owned)
+}
+
+/// Downloads `packages` into `directory` and unpacks them into `tree`, without installing them.
+pub(crate) fn unpack(packages: &[&str], directory: &Path, tree: &Path) -> Result<()> {
+    // As root, apt drops its privileges for the download unless the directory refuses: then it warns.
+    run::captured(
+        apt_get()
+            .args(["-o", "APT::Sandbox::User=root", "download"])
+            .args(packages)
+            .current_dir(directory),
+    )?;
+    for package in packages {
+        let archive = downloaded(directory, package)?;
+        run::captured(Command::new("dpkg").arg("-x").arg(&archive).arg(tree))?;
+    }
+    Ok(())
+}
+
+fn downloaded(directory: &Path, package: &str) -> Result<PathBuf> {
+    let prefix = format!("{package}_");
+    std::fs::read_dir(directory)
+        .ok()
+        .into_iter()
+        .flatten()
+        .filter_map(|entry| Some(entry.ok()?.path()))
+        .find(|path| {
+            let name = path.file_name().unwrap_or_default().to_string_lossy();
+            name.starts_with(&prefix) && name.ends_with(".deb")
+        })
+        .ok_or_else(|| {
+            Error::Said(format!(
+                "apt-get downloaded no {package} into {}: is the package name right?",
+                directory.display()
+            ))
+        })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_what_is_installed_counts() {
+        let report = "gcc installed\nbc config-files\nflex installed\nlibc6-dev installed\nlibc6-dev installed\n";
+        let installed = installed(report);
+        assert_eq!(
+            absent(&installed, &[&["gcc", "flex"], &["libc6-dev"]]),
+            Vec::<String>::new()
+        );
+        assert_eq!(
+            absent(&installed, &[&["bc", "gcc"], &["bison", "bc"]]),
+            ["bc", "bison"]
+        );
+    }
+
+    #[test]
+    fn the_installed_version_goes_before_the_candidate() {
+        let text = "gcc:\n  Installed: 4:12.2.0-3\n  Candidate: 4:13\n  Version table:\n";
+        assert_eq!(policy_version(text).unwrap(), "4:12.2.0-3");
+        let text = "umoci:\n  Installed: (none)\n  Candidate: 0.4.7\n";
+        assert_eq!(policy_version(text).unwrap(), "0.4.7");
+        assert_eq!(
+            policy_version("x:\n  Installed: (none)\n  Candidate: (none)\n"),
+            None
+        );
+        assert_eq!(policy_version(""), None);
+    }
+
+    #[test]
+    fn a_metapackage_names_the_real_one() {
+        let text = "linux-image-amd64\n  Depends: linux-image-6.1.0-40-amd64\n  Breaks: x\n";
+        assert_eq!(
+            depends(text, "linux-image-").unwrap(),
+            "linux-image-6.1.0-40-amd64"
+        );
+        assert_eq!(depends(text, "linux-headers-"), None);
+    }
+
+    #[test]
+    fn the_error_for_other_users_is_a_command_to_paste() {
+        let text = Error::Packages(vec!["bc".into(), "flex".into()]).to_string();
+        assert!(
+            text.ends_with("apt-get install --no-install-recommends bc flex"),
+            "{text}"
+        );
+    }
+}
