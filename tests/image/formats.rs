@@ -10,8 +10,9 @@ use cube::image::tar::{EntryKind, Stream, TarReader};
 use cube::image::{Digest, tree_digest};
 use serde_json::json;
 
-use crate::layout::{self, Compression, Place, config, descriptor, pack, write_layout};
-use crate::tar_builder::{Entry, SparseFormat, header, seal, tar};
+use crate::archive::layout::{self, Compression, config, descriptor, pack, write_layout};
+use crate::archive::tar::{Entry, SparseFormat, header, seal, tar};
+use crate::place::Place;
 
 /// A file with holes at the start, in the middle and at the end, pieces not aligned to blocks.
 fn sparse_file(path: &std::path::Path) -> Vec<u8> {

@@ -9,7 +9,8 @@ use std::process::Command;
 
 use cube::image::tree_digest;
 
-use crate::layout::{Compression, Place, write_layout};
+use crate::archive::layout::{Compression, write_layout};
+use crate::place::Place;
 
 /// Packages that every Debian has, with links, set-uid programs, and thousands of files.
 const PACKAGES: [&str; 10] = [
