@@ -266,3 +266,17 @@ fn one_of_several_images_is_chosen_by_tag() {
     assert_eq!(record.names, ["layout:two"]);
     assert_eq!(place.open(&record).content("tag"), b"two");
 }
+
+/// `umoci insert` ends a layer with the last byte of its last file.
+#[test]
+fn a_layer_may_end_with_its_last_files_content() {
+    let place = Place::new();
+    let whole = tar(&[Entry::file("a", b"first"), Entry::file("b", vec![7; 700])]);
+    let end = 512 + 512 + 512 + 700;
+    for length in [end, end + 1, end + 323] {
+        let record = place.import_tars(&[whole[..length].to_vec()]).unwrap();
+        assert_eq!(place.open(&record).content("b"), vec![7; 700]);
+    }
+    let error = Place::new().refuse_tars(&[whole[..end - 1].to_vec()]);
+    assert!(error.ends_with("it ends inside entry `b`"), "{error}");
+}
