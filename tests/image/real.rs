@@ -64,15 +64,9 @@ fn layer(place: &Place, paths: &BTreeSet<String>) -> Vec<u8> {
             "-cf",
         ])
         .arg(&archive);
-    assert!(
-        command
-            .arg("-T")
-            .arg(&list)
-            .output()
-            .unwrap()
-            .status
-            .success()
-    );
+    let output = command.arg("-T").arg(&list).output().unwrap();
+    // 1: a file changed meanwhile, as directories of a living machine do. The archive is whole.
+    assert!(matches!(output.status.code(), Some(0 | 1)), "{output:?}");
     fs::read(&archive).unwrap()
 }
 
