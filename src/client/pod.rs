@@ -250,6 +250,7 @@ fn machine_spec(
             path: vsock,
         }),
         rng: true,
+        huge_pages: false,
         spare_slots: 0,
         console: request.console,
     })

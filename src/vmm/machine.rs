@@ -99,7 +99,7 @@ impl Machine {
     ) -> Result<Self, MachineError> {
         let files = BootFiles::open(spec)?;
         let devices = devices::open(spec)?;
-        let memory = memory::allocate(spec.memory_bytes())
+        let memory = memory::allocate(spec.memory_bytes(), spec.huge_pages)
             .map_err(|error| MachineError::Memory(spec.memory_mib, error))?;
         std::thread::scope(|scope| {
             let load = || {
