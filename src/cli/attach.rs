@@ -11,7 +11,7 @@
 
 use std::time::{Duration, Instant};
 
-use cube_guest::{ExitStatus, HostRequest, Stdio};
+use cube_guest::{ExitStatus, HostRequest, ProcessId, Stdio};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::failure::{FAILURE, Failure, LOST, USAGE};
@@ -297,9 +297,13 @@ impl Run {
     }
 
     fn forward(&mut self, signal: u8) {
-        let container = self.attachment.container.clone();
+        let request = HostRequest::Signal {
+            process: ProcessId::Container(self.attachment.container.clone()),
+            signal,
+            all: false,
+        };
         // Refused only at the end of the session, when there is nobody to signal.
-        let _ = self.pod.request(HostRequest::Signal { container, signal });
+        let _ = self.pod.request(request);
     }
 
     fn resize(&mut self) {
@@ -308,8 +312,8 @@ impl Run {
             return;
         }
         if let Some(size) = terminal::size() {
-            let container = self.attachment.container.clone();
-            let _ = self.pod.request(HostRequest::Resize { container, size });
+            let process = ProcessId::Container(self.attachment.container.clone());
+            let _ = self.pod.request(HostRequest::Resize { process, size });
         }
     }
 }

@@ -35,8 +35,8 @@ use std::os::unix::net::UnixStream;
 
 use cube_guest::frame::FrameError;
 use cube_guest::{
-    ExitStatus, GuestEvent, GuestMessage, HostMessage, HostRequest, PROTOCOL_VERSION, PodSpec,
-    Stdio,
+    Answer, ExitStatus, GuestEvent, GuestMessage, HostMessage, HostRequest, PROTOCOL_VERSION,
+    PodSpec, Stdio,
 };
 use rustix::event::PollFlags;
 
@@ -115,7 +115,7 @@ pub enum SessionEvent {
         /// What [`Session::request`] returned.
         id: u64,
         /// The error is the guest's sentence, made printable.
-        result: Result<(), String>,
+        result: Result<Answer, String>,
     },
     /// The guest could not set the pod up and powers off. No container ran.
     Failed {
@@ -341,6 +341,9 @@ impl Session {
             GuestEvent::Started { container } => {
                 self.advance(&container, Phase::Running)?;
                 Ok(SessionEvent::Started { container })
+            }
+            GuestEvent::ExecExited { .. } | GuestEvent::OomKilled { .. } => {
+                Err(out_of_order("an event of something that was not asked for"))
             }
             GuestEvent::Exited { container, status } => {
                 self.advance(&container, Phase::Exited)?;

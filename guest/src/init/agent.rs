@@ -14,7 +14,8 @@ use std::os::fd::OwnedFd;
 use std::time::Duration;
 
 use cube_guest::{
-    ContainerSpec, ExitStatus, GuestEvent, GuestMessage, HostMessage, HostRequest, Mark, PodSpec,
+    Answer, ContainerSpec, ExitStatus, GuestEvent, GuestMessage, HostMessage, HostRequest, Mark,
+    PodSpec, ProcessId,
 };
 use rustix::event::epoll::EventFlags;
 use rustix::process::{Pid, Signal, WaitOptions, WaitStatus};
@@ -239,7 +240,10 @@ impl Agent {
             self.port.mark(Mark::AgentReady);
         }
         for HostMessage { id, request } in turn.messages {
-            let result = self.obey(request).map_err(|error| error.to_string());
+            let result = self
+                .obey(request)
+                .map(|()| Answer::Done)
+                .map_err(|error| error.to_string());
             self.control
                 .send(&GuestMessage::Reply { id, result }, &self.poller);
         }
@@ -251,19 +255,29 @@ impl Agent {
                 "the pod is ending and starts no container".into(),
             )),
             HostRequest::Start(spec) => self.start(&spec),
-            HostRequest::Signal { container, signal } => {
+            HostRequest::Signal {
+                process: ProcessId::Container(container),
+                signal,
+                ..
+            } => {
                 let signal = sys::signal(signal).ok_or_else(|| {
                     Error::Refused(format!("{signal} is not a signal: 1 to 64 are"))
                 })?;
                 self.find(&container)?.signal(signal)
             }
-            HostRequest::Resize { container, size } => match self.find(&container)?.terminal {
+            HostRequest::Resize {
+                process: ProcessId::Container(container),
+                size,
+            } => match self.find(&container)?.terminal {
                 Some(stream) => self.streams.resize(stream, size),
                 None => Err(Error::Refused(format!(
                     "the container `{container}` has no terminal"
                 ))),
             },
             HostRequest::Shutdown { grace_ms } => self.shut_down(grace_ms),
+            _ => Err(Error::Refused(
+                "this version of cube-init does not serve the request".into(),
+            )),
         }
     }
 

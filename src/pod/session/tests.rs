@@ -4,7 +4,7 @@ use std::io::{Read, Write};
 use std::net::Shutdown;
 use std::thread;
 
-use cube_guest::{ContainerSpec, ProcessSpec, Resources, RootFs, TerminalSize, frame};
+use cube_guest::{ContainerSpec, ProcessId, ProcessSpec, RootFs, TerminalSize, frame};
 use rustix::event::{PollFd, poll};
 
 use super::*;
@@ -23,16 +23,14 @@ fn container(id: &str) -> ContainerSpec {
         },
         process: ProcessSpec {
             argv: vec!["true".to_owned()],
-            env: Vec::new(),
-            cwd: String::new(),
-            user: String::new(),
             stdio: Stdio::Pipes {
                 stdin: None,
                 stdout: Some(STDOUT),
                 stderr: Some(STDERR),
             },
+            ..ProcessSpec::default()
         },
-        resources: Resources::default(),
+        ..ContainerSpec::default()
     }
 }
 
@@ -41,6 +39,7 @@ fn pod() -> PodSpec {
         hostname: "pod".to_owned(),
         containers: vec![container("c")],
         exit_with_containers: true,
+        ..PodSpec::default()
     }
 }
 
@@ -184,7 +183,7 @@ fn a_guest_of_another_version_is_refused_with_both_versions() {
 fn what_the_state_does_not_allow_ends_the_session() {
     let reply = GuestMessage::Reply {
         id: 7,
-        result: Ok(()),
+        result: Ok(Answer::Done),
     };
     let cases: [(&str, &[GuestMessage]); 6] = [
         ("a second greeting", &[hello(PROTOCOL_VERSION)]),
@@ -249,7 +248,7 @@ fn an_agent_that_dies_is_told_from_one_that_is_done() {
 fn requests_carry_ids_and_replies_find_them() {
     let mut pair = Pair::ready();
     let resize = HostRequest::Resize {
-        container: "c".to_owned(),
+        process: ProcessId::Container("c".to_owned()),
         size: TerminalSize {
             rows: 24,
             columns: 80,

@@ -141,6 +141,7 @@ mod tests {
             cpu_period_us: None,
             cpu_weight: Some(39),
             pids_max: Some(100),
+            ..Resources::default()
         };
         let expected = [
             ("memory.max", "67108864"),
