@@ -4,10 +4,15 @@
 //! A test is a few lines on the fixture; the fixture checks after every run that nothing was left behind.
 
 mod fixture;
+mod guest;
 
 mod ends;
 mod environment;
+mod execs;
 mod faults;
 mod images;
+mod pods;
+mod runtime;
 mod streams;
 mod terminals;
+mod volumes;
