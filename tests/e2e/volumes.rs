@@ -95,14 +95,18 @@ fn a_volume_on_a_disk_outlives_containers_and_its_links_lead_nowhere_else() {
     let disk = || VolumeSource::Disk {
         serial: DISKS[0].into(),
         file_system: "ext4".into(),
+        root_mode: Some(0o1777),
         read_only: false,
     };
     let add = |name: &str, source| HostRequest::AddVolume(volume(name, source));
     guest.must(add("v", disk()));
     assert!(guest.refused(add("w", disk())).contains("in use"));
     guest.must(add("secret", VolumeSource::Memory { size_bytes: None }));
-    let script = "echo kept > /v/file; ln -s ../../run/volume/secret /v/up; ln -s /run/volume/secret /v/abs; ln -s file /v/link";
-    guest.say(with("a", script, vec![mount("/v", "v", "")]));
+    let script = "stat -c %a /v; echo kept > /v/file; ln -s ../../run/volume/secret /v/up; ln -s /run/volume/secret /v/abs; ln -s file /v/link";
+    assert_eq!(
+        guest.say(with("a", script, vec![mount("/v", "v", "")])),
+        "1777\n"
+    );
     assert_eq!(
         guest.say(with("b", "cat /f", vec![mount("/f", "v", "link")])),
         "kept\n"
@@ -127,6 +131,7 @@ fn a_volume_on_a_disk_outlives_containers_and_its_links_lead_nowhere_else() {
     let read = VolumeSource::Disk {
         serial: DISKS[0].into(),
         file_system: "ext4".into(),
+        root_mode: None,
         read_only: true,
     };
     guest.must(add("r", read));

@@ -10,6 +10,7 @@ use std::ffi::CString;
 
 use cube_guest::files::MAX_SET;
 use cube_guest::{VolumeSource, VolumeSpec};
+use rustix::fs::{Mode, OFlags};
 use rustix::mount::{MountFlags, UnmountFlags};
 
 use crate::boot::make_directory;
@@ -90,6 +91,7 @@ impl Volumes {
             VolumeSource::Disk {
                 serial,
                 file_system,
+                root_mode,
                 read_only,
             } => {
                 let wanted = Use::Volume {
@@ -98,6 +100,12 @@ impl Volumes {
                 };
                 volume.kind = Kind::Disk;
                 volume.directory = disks::directory(&disks.claim(serial, wanted, &user(name))?);
+                if let Some(mode) = root_mode
+                    && let Err(error) = set_mode(&volume.directory, *mode)
+                {
+                    disks.release(&user(name));
+                    return Err(error);
+                }
             }
             VolumeSource::Nfs {
                 server,
@@ -234,8 +242,8 @@ impl Leaving {
 /// The disk's.
 pub(crate) fn write_back(directory: &str) -> Result<(), Error> {
     let write_back = || {
-        let flags = rustix::fs::OFlags::RDONLY | rustix::fs::OFlags::CLOEXEC;
-        let directory = rustix::fs::open(directory, flags, rustix::fs::Mode::empty())?;
+        let flags = OFlags::RDONLY | OFlags::CLOEXEC;
+        let directory = rustix::fs::open(directory, flags, Mode::empty())?;
         rustix::fs::syncfs(directory)
     };
     write_back().context(|| format!("write {directory} back to its disk"))
@@ -249,6 +257,11 @@ impl Volume {
         rustix::mount::mount("tmpfs", &*self.directory, "tmpfs", flags, &*options)
             .context(|| format!("mount the volume `{}` as a tmpfs", self.name))
     }
+}
+
+fn set_mode(directory: &str, mode: u32) -> Result<(), Error> {
+    rustix::fs::chmod(directory, Mode::from_raw_mode(mode & 0o7777))
+        .context(|| format!("set the mode of {directory} to {mode:o}"))
 }
 
 /// Who a volume is to the disks.
