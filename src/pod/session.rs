@@ -96,6 +96,11 @@ pub enum SessionEvent {
         /// The container's id.
         container: String,
     },
+    /// The guest's OOM killer ended a process of a container that has not ended.
+    OomKilled {
+        /// The container's id.
+        container: String,
+    },
     /// A container ended. Its output may still be on its way: a stream is complete at its end of file.
     Exited {
         /// The container's id.
@@ -342,7 +347,13 @@ impl Session {
                 self.advance(&container, Phase::Running)?;
                 Ok(SessionEvent::Started { container })
             }
-            GuestEvent::ExecExited { .. } | GuestEvent::OomKilled { .. } => {
+            GuestEvent::OomKilled { container } => match self.containers.get(&container) {
+                Some(Phase::Starting | Phase::Running) => Ok(SessionEvent::OomKilled { container }),
+                _ => Err(out_of_order(
+                    "the OOM killer in a container that is not live",
+                )),
+            },
+            GuestEvent::ExecExited { .. } => {
                 Err(out_of_order("an event of something that was not asked for"))
             }
             GuestEvent::Exited { container, status } => {
