@@ -116,12 +116,16 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::message::{HostMessage, HostRequest};
+    use crate::message::{HostMessage, HostRequest, ProcessId};
 
     fn signal(id: u64, container: String, signal: u8) -> HostMessage {
         HostMessage {
             id,
-            request: HostRequest::Signal { container, signal },
+            request: HostRequest::Signal {
+                process: ProcessId::Container(container),
+                signal,
+                all: false,
+            },
         }
     }
 

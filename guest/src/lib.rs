@@ -17,6 +17,12 @@
 //! stream. A [`GuestEvent::Exited`] may arrive before its container's last output: the container is done
 //! when both the event and every output's end of file are there.
 //!
+//! Further streams carry an exec's standard streams, a file set, a file, a forwarded port: always dialled by
+//! the guest, always named by a token that came with the host's request. A request that is answered by an
+//! error dials nothing, [`HostRequest::WriteFiles`] excepted, whose stream the guest closes when it refuses
+//! the set. Replies come in the order in which things are done, not asked: what may wait for a disk, a
+//! server or a process is answered when it is done, and the agent serves others meanwhile.
+//!
 //! # The end
 //! When the pod is done the guest waits for the host to close every stream, shuts down its sending side of
 //! the control connection and waits for the host to close that: so the host has read everything. Then it
@@ -24,15 +30,23 @@
 //! gone.
 #![forbid(unsafe_code)]
 
+pub mod files;
 pub mod frame;
 pub mod message;
 pub mod spec;
+pub mod stats;
 
-pub use message::{ExitStatus, GuestEvent, GuestMessage, HostMessage, HostRequest};
-pub use spec::{ContainerSpec, PodSpec, ProcessSpec, Resources, RootFs, Stdio, TerminalSize};
+pub use message::{
+    Answer, ExitStatus, GuestEvent, GuestMessage, HostMessage, HostRequest, ProcessId,
+};
+pub use spec::{
+    Capabilities, ContainerSpec, DeviceSpec, MountSource, MountSpec, PidNamespace, PodSpec,
+    ProcessSpec, Resources, Rlimit, RootFs, Seccomp, SecuritySpec, Stdio, TerminalSize,
+    VolumeSource, VolumeSpec,
+};
 
 /// Version of this protocol; host and guest must agree exactly.
-pub const PROTOCOL_VERSION: u32 = 1;
+pub const PROTOCOL_VERSION: u32 = 2;
 /// Host vsock port for the control connection.
 pub const CONTROL_PORT: u32 = 1024;
 /// Host vsock port for stdio streams.

@@ -11,7 +11,7 @@
 
 use std::time::{Duration, Instant};
 
-use cube_guest::{ExitStatus, HostRequest, Stdio};
+use cube_guest::{ExitStatus, HostRequest, ProcessId, Stdio};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::failure::{FAILURE, Failure, LOST, USAGE};
@@ -202,7 +202,9 @@ impl Run {
     fn take_session_event(&mut self, event: SessionEvent) -> Result<(), Failure> {
         match event {
             // A signal that came too late, or a resize of no terminal: nothing to be done.
-            SessionEvent::Ready { .. } | SessionEvent::Reply { .. } => {}
+            SessionEvent::Ready { .. }
+            | SessionEvent::Reply { .. }
+            | SessionEvent::OomKilled { .. } => {}
             SessionEvent::Stream { token, stream } => {
                 self.take_stream(token, stream)
                     .map_err(|error| self.own_failure(error))?;
@@ -297,9 +299,13 @@ impl Run {
     }
 
     fn forward(&mut self, signal: u8) {
-        let container = self.attachment.container.clone();
+        let request = HostRequest::Signal {
+            process: ProcessId::Container(self.attachment.container.clone()),
+            signal,
+            all: false,
+        };
         // Refused only at the end of the session, when there is nobody to signal.
-        let _ = self.pod.request(HostRequest::Signal { container, signal });
+        let _ = self.pod.request(request);
     }
 
     fn resize(&mut self) {
@@ -308,8 +314,8 @@ impl Run {
             return;
         }
         if let Some(size) = terminal::size() {
-            let container = self.attachment.container.clone();
-            let _ = self.pod.request(HostRequest::Resize { container, size });
+            let process = ProcessId::Container(self.attachment.container.clone());
+            let _ = self.pod.request(HostRequest::Resize { process, size });
         }
     }
 }

@@ -6,7 +6,7 @@
 //! - `--env` overrides the image's environment by name; a name alone takes this process's value.
 #![forbid(unsafe_code)]
 
-use cube_guest::{ProcessSpec, Stdio};
+use cube_guest::ProcessSpec;
 
 /// What an image says about the process that it is made for.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -80,7 +80,7 @@ pub(crate) fn process(
         env: environment(image.env, options.env, value_of)?,
         cwd,
         user: options.user.unwrap_or(image.user),
-        stdio: Stdio::Null,
+        ..ProcessSpec::default()
     };
     check_nul(&process)?;
     Ok(process)

@@ -5,7 +5,7 @@ use std::io::{self, IsTerminal};
 use std::path::PathBuf;
 
 use clap::Args;
-use cube_guest::{ContainerSpec, PodSpec, ProcessSpec, Resources, RootFs, Stdio, TerminalSize};
+use cube_guest::{ContainerSpec, PodSpec, ProcessSpec, RootFs, Stdio, TerminalSize};
 
 use super::attach::{Attachment, attach};
 use super::failure::{Failure, STATUS_HELP};
@@ -178,12 +178,13 @@ fn request(arguments: &mut RunArgs, image: Resolved) -> Result<(PodRequest, Stdi
             stdio: stdio.clone(),
             ..process
         },
-        resources: Resources::default(),
+        ..ContainerSpec::default()
     };
     let guest = PodSpec {
         hostname: arguments.hostname.take().unwrap_or_else(|| id.clone()),
         containers: vec![container],
         exit_with_containers: true,
+        ..PodSpec::default()
     };
     let request = PodRequest {
         id,

@@ -35,8 +35,8 @@ use std::os::unix::net::UnixStream;
 
 use cube_guest::frame::FrameError;
 use cube_guest::{
-    ExitStatus, GuestEvent, GuestMessage, HostMessage, HostRequest, PROTOCOL_VERSION, PodSpec,
-    Stdio,
+    Answer, ExitStatus, GuestEvent, GuestMessage, HostMessage, HostRequest, PROTOCOL_VERSION,
+    PodSpec, Stdio,
 };
 use rustix::event::PollFlags;
 
@@ -96,6 +96,11 @@ pub enum SessionEvent {
         /// The container's id.
         container: String,
     },
+    /// The guest's OOM killer ended a process of a container that has not ended.
+    OomKilled {
+        /// The container's id.
+        container: String,
+    },
     /// A container ended. Its output may still be on its way: a stream is complete at its end of file.
     Exited {
         /// The container's id.
@@ -115,7 +120,7 @@ pub enum SessionEvent {
         /// What [`Session::request`] returned.
         id: u64,
         /// The error is the guest's sentence, made printable.
-        result: Result<(), String>,
+        result: Result<Answer, String>,
     },
     /// The guest could not set the pod up and powers off. No container ran.
     Failed {
@@ -341,6 +346,15 @@ impl Session {
             GuestEvent::Started { container } => {
                 self.advance(&container, Phase::Running)?;
                 Ok(SessionEvent::Started { container })
+            }
+            GuestEvent::OomKilled { container } => match self.containers.get(&container) {
+                Some(Phase::Starting | Phase::Running) => Ok(SessionEvent::OomKilled { container }),
+                _ => Err(out_of_order(
+                    "the OOM killer in a container that is not live",
+                )),
+            },
+            GuestEvent::ExecExited { .. } => {
+                Err(out_of_order("an event of something that was not asked for"))
             }
             GuestEvent::Exited { container, status } => {
                 self.advance(&container, Phase::Exited)?;

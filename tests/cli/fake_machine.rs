@@ -12,8 +12,8 @@ use std::thread::{self, JoinHandle};
 use cube::vmm::spec::MachineSpec;
 use cube_guest::frame;
 use cube_guest::{
-    CONTROL_PORT, ExitStatus, GuestEvent, GuestMessage, HostMessage, HostRequest, PROTOCOL_VERSION,
-    PodSpec, STREAM_PORT, Stdio,
+    Answer, CONTROL_PORT, ExitStatus, GuestEvent, GuestMessage, HostMessage, HostRequest,
+    PROTOCOL_VERSION, PodSpec, STREAM_PORT, Stdio,
 };
 use std::os::unix::process::ExitStatusExt;
 
@@ -280,7 +280,13 @@ fn obey(control: UnixStream, child: &Child, mut terminal: Option<UnixStream>) {
                 }
                 other => panic!("not expected: {other:?}"),
             }
-            say(&mut control, &GuestMessage::Reply { id, result: Ok(()) });
+            say(
+                &mut control,
+                &GuestMessage::Reply {
+                    id,
+                    result: Ok(Answer::Done),
+                },
+            );
         }
     });
 }

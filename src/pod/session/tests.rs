@@ -4,7 +4,7 @@ use std::io::{Read, Write};
 use std::net::Shutdown;
 use std::thread;
 
-use cube_guest::{ContainerSpec, ProcessSpec, Resources, RootFs, TerminalSize, frame};
+use cube_guest::{ContainerSpec, ProcessId, ProcessSpec, RootFs, TerminalSize, frame};
 use rustix::event::{PollFd, poll};
 
 use super::*;
@@ -23,16 +23,14 @@ fn container(id: &str) -> ContainerSpec {
         },
         process: ProcessSpec {
             argv: vec!["true".to_owned()],
-            env: Vec::new(),
-            cwd: String::new(),
-            user: String::new(),
             stdio: Stdio::Pipes {
                 stdin: None,
                 stdout: Some(STDOUT),
                 stderr: Some(STDERR),
             },
+            ..ProcessSpec::default()
         },
-        resources: Resources::default(),
+        ..ContainerSpec::default()
     }
 }
 
@@ -41,6 +39,7 @@ fn pod() -> PodSpec {
         hostname: "pod".to_owned(),
         containers: vec![container("c")],
         exit_with_containers: true,
+        ..PodSpec::default()
     }
 }
 
@@ -184,7 +183,7 @@ fn a_guest_of_another_version_is_refused_with_both_versions() {
 fn what_the_state_does_not_allow_ends_the_session() {
     let reply = GuestMessage::Reply {
         id: 7,
-        result: Ok(()),
+        result: Ok(Answer::Done),
     };
     let cases: [(&str, &[GuestMessage]); 6] = [
         ("a second greeting", &[hello(PROTOCOL_VERSION)]),
@@ -249,7 +248,7 @@ fn an_agent_that_dies_is_told_from_one_that_is_done() {
 fn requests_carry_ids_and_replies_find_them() {
     let mut pair = Pair::ready();
     let resize = HostRequest::Resize {
-        container: "c".to_owned(),
+        process: ProcessId::Container("c".to_owned()),
         size: TerminalSize {
             rows: 24,
             columns: 80,
@@ -392,4 +391,24 @@ fn a_path_too_long_for_a_socket_is_named() {
     let path = std::path::PathBuf::from(format!("/tmp/{}", "x".repeat(120)));
     let sentence = Ports::bind(&path).unwrap_err().to_string();
     assert!(sentence.contains("xxx_1024"), "{sentence}");
+}
+
+#[test]
+fn the_oom_killer_is_heard_of_while_the_container_lives_and_no_longer() {
+    let oom = |container: &str| {
+        let container = container.to_owned();
+        GuestMessage::Event(GuestEvent::OomKilled { container })
+    };
+    let mut pair = Pair::ready();
+    pair.say(&oom("c"));
+    let events = pair.turn().unwrap();
+    assert!(matches!(&events[..], [SessionEvent::OomKilled { container }] if container == "c"));
+    let (container, status) = ("c".to_owned(), ExitStatus::Code(0));
+    pair.say(&GuestMessage::Event(GuestEvent::Exited {
+        container,
+        status,
+    }));
+    pair.turn().unwrap();
+    pair.say(&oom("c"));
+    assert!(matches!(pair.turn(), Err(SessionError::OutOfOrder(_))));
 }
