@@ -220,6 +220,7 @@ const UNSAFE_FILES: &[&str] = &[
     "src/vmm/files.rs",
     "src/vmm/kvm.rs",
     "src/vmm/memory.rs",
+    "src/vmm/seccomp.rs",
     "src/vmm/signals.rs",
     "src/vmm/stats.rs",
     "src/vmm/vcpu.rs",

@@ -47,6 +47,8 @@ pub struct PodRequest {
     pub guest: PodSpec,
     /// Whether `cube-vmm` notes its stages ([`Pod::timeline`]).
     pub timeline: bool,
+    /// File that receives what the guest's kernel says on its console; absent: it has none.
+    pub console: Option<PathBuf>,
 }
 
 /// A pod cannot be started or served.
@@ -249,6 +251,6 @@ fn machine_spec(
         }),
         rng: true,
         spare_slots: 0,
-        console: None,
+        console: request.console,
     })
 }
