@@ -69,36 +69,11 @@ impl PodCommand {
         directory: &Path,
         taken: &mut Figures,
     ) -> Result<(), RunError> {
-        self.cold_start(directory, taken)?;
-        let group = Group::create();
-        let running = measure::start(self.idle(), directory, deadline, group.as_ref())?;
-        let vmm = child_named("cube-vmm", running.pid())
-            .ok_or_else(|| RunError::Odd("`cube run` has no child `cube-vmm`".to_owned()))?;
-        look(vmm, self.memory_mib, group.as_ref(), taken).map_err(RunError::Look)
-    }
-
-    fn cold_start(&self, directory: &Path, taken: &mut Figures) -> Result<(), RunError> {
-        let mut command = self.command(&["--timeline=json"], "exit 0");
-        command.current_dir(directory).stdin(Stdio::null());
-        let output = command.output().map_err(RunError::Spawn)?;
-        let words = String::from_utf8_lossy(&output.stderr).into_owned();
-        let parsed = words
-            .lines()
-            .find_map(|line| serde_json::from_str::<Timeline>(line).ok());
-        let Some(timeline) = parsed.filter(|_| output.status.success()) else {
-            return Err(RunError::Ended {
-                status: output.status.to_string(),
-                output: words,
-            });
-        };
-        for stage in timeline.timeline {
-            if stage.stage == "container started" {
-                record(taken, "cold_start_ms", stage.ms);
-            }
-            if stage.stage == "agent ready" {
-                for (reason, count) in &stage.exits {
-                    record(taken, &format!("hello_{reason}"), *count as f64);
-                }
+        for stage in self.start(&[], directory)? {
+            match stage.stage.as_str() {
+                "container started" => record(taken, "cold_start_ms", stage.ms),
+                "agent ready" => exits(&stage, "hello", taken),
+                _ => {}
             }
             record(
                 taken,
@@ -106,7 +81,41 @@ impl PodCommand {
                 stage.ms,
             );
         }
-        Ok(())
+        for stage in self.start(&["--console", "console"], directory)? {
+            if stage.stage == "agent ready" {
+                exits(&stage, "hello_console", taken);
+            }
+        }
+        let group = Group::create();
+        let running = measure::start(self.idle(), directory, deadline, group.as_ref())?;
+        let vmm = child_named("cube-vmm", running.pid())
+            .ok_or_else(|| RunError::Odd("`cube run` has no child `cube-vmm`".to_owned()))?;
+        look(vmm, self.memory_mib, group.as_ref(), taken).map_err(RunError::Look)
+    }
+
+    /// The stages of a pod whose container ends at once.
+    fn start(&self, options: &[&str], directory: &Path) -> Result<Vec<Stage>, RunError> {
+        let options = [&["--timeline=json"], options].concat();
+        let mut command = self.command(&options, "exit 0");
+        command.current_dir(directory).stdin(Stdio::null());
+        let output = command.output().map_err(RunError::Spawn)?;
+        let words = String::from_utf8_lossy(&output.stderr).into_owned();
+        let parsed = words
+            .lines()
+            .find_map(|line| serde_json::from_str::<Timeline>(line).ok());
+        match parsed.filter(|_| output.status.success()) {
+            Some(timeline) => Ok(timeline.timeline),
+            None => Err(RunError::Ended {
+                status: output.status.to_string(),
+                output: words,
+            }),
+        }
+    }
+}
+
+fn exits(stage: &Stage, prefix: &str, taken: &mut Figures) {
+    for (reason, count) in &stage.exits {
+        record(taken, &format!("{prefix}_{reason}"), *count as f64);
     }
 }
 
