@@ -26,9 +26,11 @@
 
 pub mod frame;
 pub mod message;
+pub mod network;
 pub mod spec;
 
 pub use message::{ExitStatus, GuestEvent, GuestMessage, HostMessage, HostRequest};
+pub use network::NetworkSpec;
 pub use spec::{ContainerSpec, PodSpec, ProcessSpec, Resources, RootFs, Stdio, TerminalSize};
 
 /// Version of this protocol; host and guest must agree exactly.

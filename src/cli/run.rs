@@ -179,6 +179,7 @@ fn request(arguments: &mut RunArgs, image: Resolved) -> Result<(PodRequest, Stdi
         hostname: arguments.hostname.take().unwrap_or_else(|| id.clone()),
         containers: vec![container],
         exit_with_containers: true,
+        network: None,
     };
     let request = PodRequest {
         id,

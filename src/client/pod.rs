@@ -243,6 +243,7 @@ fn machine_spec(
         cpus: request.cpus,
         memory_mib: request.memory_mib,
         disks,
+        nets: Vec::new(),
         vsock: Some(VsockSpec {
             cid: GUEST_CID,
             path: vsock,

@@ -41,6 +41,7 @@ fn pod() -> PodSpec {
         hostname: "pod".to_owned(),
         containers: vec![container("c")],
         exit_with_containers: true,
+        network: None,
     }
 }
 
