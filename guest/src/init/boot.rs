@@ -19,7 +19,7 @@ use rustix::process::{Resource, Rlimit};
 
 use crate::container::cgroup;
 use crate::error::{Context, Error};
-use crate::sys;
+use crate::{network, sys};
 
 /// Where the new root is mounted before it becomes `/`.
 const NEW_ROOT: &str = "/.root";
@@ -49,6 +49,9 @@ pub(crate) fn boot() -> Result<PodSpec, Error> {
     if !spec.hostname.is_empty() {
         rustix::system::sethostname(spec.hostname.as_bytes())
             .context(|| format!("set the host name to `{}`", spec.hostname))?;
+    }
+    if let Some(network) = &spec.network {
+        network::configure(network, &spec.hostname)?;
     }
     Ok(spec)
 }

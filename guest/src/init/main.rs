@@ -30,6 +30,7 @@ mod control;
 mod disks;
 mod error;
 mod events;
+mod network;
 mod port;
 mod stdio;
 mod stream;

@@ -18,6 +18,7 @@ use rustix::mount::{MountFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags};
 
 use crate::boot::make_directory;
 use crate::error::{Context, Error};
+use crate::network;
 use crate::stdio::DEVPTS_OPTIONS;
 
 /// Where the root is mounted before it is the root.
@@ -76,6 +77,7 @@ pub(crate) struct Layers {
 pub(crate) fn enter(layers: &Layers, devpts: Option<OwnedFd>) -> Result<(), Error> {
     mount_overlay(layers)?;
     let devices = DEVICES.map(clone_device);
+    let names = network::files::clone();
     let pivot = || {
         rustix::process::chdir(ROOT)?;
         rustix::process::pivot_root(".", ".")?;
@@ -84,6 +86,7 @@ pub(crate) fn enter(layers: &Layers, devpts: Option<OwnedFd>) -> Result<(), Erro
         rustix::process::chdir("/")
     };
     pivot().context(|| "pivot into the container's root".into())?;
+    network::files::attach(names)?;
     mount_kernel_file_systems()?;
     populate_dev(devices, devpts)?;
     MASKED.iter().try_for_each(|path| mask(path))?;
