@@ -217,6 +217,8 @@ const UNSAFE_FILES: &[&str] = &[
     "benches/vmm_start.rs",
     "guest/src/init/sys.rs",
     "src/client/vmm_process.rs",
+    "src/net/namespace.rs",
+    "src/net/tap.rs",
     "src/vmm/files.rs",
     "src/vmm/kvm.rs",
     "src/vmm/memory.rs",

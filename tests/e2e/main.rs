@@ -9,5 +9,6 @@ mod ends;
 mod environment;
 mod faults;
 mod images;
+mod networks;
 mod streams;
 mod terminals;

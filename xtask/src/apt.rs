@@ -27,6 +27,8 @@ pub(crate) const KERNEL: &[&str] = &[
 ];
 /// To run the testbed.
 pub(crate) const TESTBED: &[&str] = &["qemu-system-x86", "busybox-static", "cpio", "kmod"];
+/// To make pod networks, and to look at them in tests.
+pub(crate) const NETWORKS: &[&str] = &["containernetworking-plugins", "iproute2", "iptables"];
 /// To make images and to check what Cube made of them.
 pub(crate) const IMAGES: &[&str] = &["umoci", "erofs-utils", "e2fsprogs"];
 
