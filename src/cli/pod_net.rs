@@ -139,9 +139,8 @@ impl PodNetwork {
     }
 
     fn tap(name: &str, queues: usize) -> Result<Self, Failure> {
-        let queues = tap::open_existing(name, queues).map_err(Failure::new)?;
-        let mtu = fs::read_to_string(format!("/sys/class/net/{name}/mtu")).unwrap_or_default();
-        let mtu = mtu.trim().parse().unwrap_or(1500u32).min(MAX_MTU);
+        let (queues, mtu) = tap::open_existing(name, queues).map_err(Failure::new)?;
+        let mtu = mtu.min(MAX_MTU);
         let [.., a, b, c, d, e] = new_token().map_err(Failure::new)?.to_be_bytes();
         Ok(Self {
             interface: InterfaceSpec {

@@ -4,13 +4,14 @@
 //! Unsafe for the ioctls.
 #![allow(unsafe_code)]
 
-use std::fs::{self, File, OpenOptions};
+use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 
 use rustix::ioctl::{Setter, ioctl};
 
+use super::rtnetlink::Rtnetlink;
 use super::{AboutInterface, NetError};
 
 /// The device that makes taps.
@@ -43,21 +44,25 @@ pub fn create(name: &str, queues: usize) -> Result<Vec<OwnedFd>, NetError> {
 }
 
 /// Opens queues of the tap `name`, which somebody has made in this network namespace: up to `queues` if it has
-/// several.
+/// several. Returns its MTU too.
 ///
 /// # Errors
-/// There is no such tap, or it has no virtio header and is in use.
-pub fn open_existing(name: &str, queues: usize) -> Result<Vec<OwnedFd>, NetError> {
-    // `IFF_MULTI_QUEUE` of the interface, which must be asked for as it is.
-    let flags = fs::read_to_string(format!("/sys/class/net/{name}/tun_flags"));
-    let flags = flags.map_err(|_| NetError::NoTap(name.to_owned()))?;
-    let flags = libc::c_int::from_str_radix(flags.trim().trim_start_matches("0x"), 16);
-    let flags = flags.unwrap_or_default() & libc::IFF_MULTI_QUEUE;
-    let count = if flags == 0 { 1 } else { queues };
-    (0..count)
-        .map(|_| open(name, flags))
-        .collect::<io::Result<_>>()
-        .about_interface("open the tap", name)
+/// There is no such interface, or it is no tap, or in use.
+pub fn open_existing(name: &str, queues: usize) -> Result<(Vec<OwnedFd>, u32), NetError> {
+    let netlink = Rtnetlink::open().about_interface("look at", name)?;
+    // The kernel would make one that is not there.
+    let link = netlink
+        .link(name)
+        .map_err(|_| NetError::NoTap(name.to_owned()))?;
+    // It must be opened as it was made, which only trying tells.
+    let several = (0..queues).map(|_| open(name, libc::IFF_MULTI_QUEUE));
+    let opened = match several.collect::<io::Result<Vec<_>>>() {
+        Err(error) if error.kind() == io::ErrorKind::InvalidInput => {
+            open(name, 0).map(|queue| vec![queue])
+        }
+        opened => opened,
+    };
+    Ok((opened.about_interface("open the tap", name)?, link.mtu))
 }
 
 fn open(name: &str, more_flags: libc::c_int) -> io::Result<OwnedFd> {

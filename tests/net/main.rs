@@ -10,5 +10,6 @@ mod wire;
 mod control;
 mod hostile;
 mod receive;
+mod tap;
 mod throttle;
 mod transmit;

@@ -50,6 +50,8 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
         ("CUBE_KERNEL", kernel.into_os_string()),
         ("CUBE_INIT", init.into_os_string()),
         ("CUBE_STORE", store.into_os_string()),
+        // A start is what is shown; the host's network is left as it is.
+        ("CUBE_NET", "none".into()),
     ];
     let words = command_line(&cube, &options.command);
     eprintln!("{}\n", test::place(direct));
