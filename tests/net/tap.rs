@@ -111,7 +111,7 @@ fn queues_are_attached_as_the_driver_uses_them() {
     let tap = tap_of(2);
     assert!(tap.offloads().can_segment());
     let (mut driver, mut queues) = start(tap, 5);
-    let mut pairs = |driver: &mut Driver, queues: &mut [DriverQueue], count: u8| {
+    let pairs = |driver: &mut Driver, queues: &mut [DriverQueue], count: u8| {
         let command = driver.alloc_with(&[4, 0, count, 0]);
         let answer = driver.alloc(1);
         let buffers = [Buffer::read(command, 4), Buffer::write(answer, 1)];
