@@ -132,8 +132,9 @@ fn a_stream_arrives_with_the_right_checksum_at_both_mtus() {
         let mut sink = machine.start(&[], &script);
         assert_eq!(sink.line(), format!("{mtu}\n"));
         let (v4, _) = (sink.line().trim().to_owned(), sink.line());
-        let source =
-            format!("yes 0123456789abcdef | head -c {bytes} | tee /dev/stderr | nc -w 60 {v4} 5000");
+        let source = format!(
+            "yes 0123456789abcdef | head -c {bytes} | tee /dev/stderr | nc -w 60 {v4} 5000"
+        );
         let script = format!("({source}) 2>&1 >/dev/null | sha256sum");
         let sent = machine
             .command(&["run", "busybox", "--", "sh", "-c", &script])
@@ -173,7 +174,12 @@ fn a_container_cannot_change_its_interface() {
     let script = "ip link set eth0 address 02:00:00:00:00:99 2>&1 | grep -o 'not permitted'; \
                   ip addr add 10.86.255.1/16 dev eth0 2>&1 | grep -o 'not permitted'";
     let output = networked().shell(&[], script);
-    assert_eq!(text(&output.stdout), "not permitted\nnot permitted\n", "{}", text(&output.stderr));
+    assert_eq!(
+        text(&output.stdout),
+        "not permitted\nnot permitted\n",
+        "{}",
+        text(&output.stderr)
+    );
 }
 
 #[test]

@@ -218,3 +218,6 @@ fn octets(address: IpAddr) -> Vec<u8> {
         IpAddr::V6(v6) => v6.octets().to_vec(),
     }
 }
+
+#[cfg(test)]
+mod tests;
