@@ -8,5 +8,6 @@ pub mod bench;
 pub mod cli;
 pub mod client;
 pub mod image;
+pub mod net;
 pub mod pod;
 pub mod vmm;

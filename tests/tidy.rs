@@ -217,6 +217,8 @@ const UNSAFE_FILES: &[&str] = &[
     "guest/src/init/sys.rs",
     "src/bin/cube-bench-floor.rs",
     "src/client/vmm_process.rs",
+    "src/net/namespace.rs",
+    "src/net/tap.rs",
     "src/vmm/files.rs",
     "src/vmm/kvm.rs",
     "src/vmm/memory.rs",
@@ -225,6 +227,7 @@ const UNSAFE_FILES: &[&str] = &[
     "src/vmm/stats.rs",
     "src/vmm/vcpu.rs",
     "src/vmm/virtio/iovec.rs",
+    "src/vmm/virtio/net/tap.rs",
     "xtask/src/probe.rs",
 ];
 

@@ -33,12 +33,14 @@
 pub mod files;
 pub mod frame;
 pub mod message;
+pub mod network;
 pub mod spec;
 pub mod stats;
 
 pub use message::{
     Answer, ExitStatus, GuestEvent, GuestMessage, HostMessage, HostRequest, ProcessId,
 };
+pub use network::NetworkSpec;
 pub use spec::{
     Capabilities, ContainerSpec, DeviceSpec, MountSource, MountSpec, PidNamespace, PodSpec,
     ProcessSpec, Resources, Rlimit, RootFs, Seccomp, SecuritySpec, Stdio, TerminalSize,

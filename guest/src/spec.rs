@@ -5,6 +5,8 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
+use crate::network::NetworkSpec;
+
 /// The pod as `cube-init` sees it at boot.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -27,6 +29,10 @@ pub struct PodSpec {
     /// Power off when the last of `containers` has exited and its exit was reported.
     #[serde(default)]
     pub exit_with_containers: bool,
+    /// Interfaces and names; absent: the loopback only, and the images' own `/etc/resolv.conf` and
+    /// `/etc/hosts`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub network: Option<NetworkSpec>,
 }
 
 /// One container.

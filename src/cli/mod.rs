@@ -10,6 +10,8 @@ mod failure;
 mod image_disks;
 mod images;
 mod import;
+mod net;
+mod pod_net;
 mod process;
 mod rmi;
 mod run;
@@ -46,6 +48,7 @@ enum Command {
     Images(images::Args),
     Import(import::Args),
     Rmi(rmi::Args),
+    Net(net::NetCommand),
     Bench(bench::BenchArgs),
     Completions(completions::CompletionsArgs),
     /// Print the version.
@@ -82,6 +85,7 @@ fn dispatch(command: Command, origin: u64) -> Result<ExitCode, Failure> {
         Command::Images(arguments) => images::run(arguments).map_err(Failure::new),
         Command::Import(arguments) => import::run(arguments).map_err(Failure::new),
         Command::Rmi(arguments) => rmi::run(arguments).map_err(Failure::new),
+        Command::Net(command) => net::run(command),
         Command::Bench(arguments) => bench::bench(&arguments).map(ExitCode::from),
         Command::Completions(arguments) => Ok(completions::completions(&arguments)),
         Command::Version => Ok(images::print(concat!(

@@ -11,6 +11,7 @@ use super::attach::{Attachment, attach};
 use super::failure::{Failure, STATUS_HELP};
 use super::image_disks::{self, Resolved};
 use super::images::StoreArgs;
+use super::pod_net::{NetArgs, PodNetwork};
 use super::process::{ProcessOptions, process};
 use super::signals::Signals;
 use super::size::parse_memory;
@@ -36,6 +37,7 @@ Examples:
   cube run -it busybox                    a shell on this terminal
   tar c . | cube run -i busybox -- tar t  standard input passed on
   cube run --cpus 4 --memory 1G --env DEBUG=1 --user nobody build -- make -j4
+  cube run -p 8080:80 web                 port 8080 of this host leads to port 80 of the pod
   cube run --timeline busybox -- true     where the time goes
 
 {STATUS_HELP}"))]
@@ -101,6 +103,9 @@ pub(crate) struct RunArgs {
     console: Option<PathBuf>,
 
     #[command(flatten)]
+    net: NetArgs,
+
+    #[command(flatten)]
     store: StoreArgs,
 
     /// Name of a local image (`cube images`), or the path of one to import.
@@ -142,8 +147,13 @@ pub(crate) fn run(mut arguments: RunArgs, origin: u64) -> Result<u8, Failure> {
     let image = image_disks::resolve(&arguments.store, &arguments.image, arguments.disk_size)?;
     timeline.mark("image resolved");
     let interactive = arguments.interactive;
-    let (request, stdio) = request(&mut arguments, image)?;
     let base = base_directory().map_err(Failure::new)?;
+    let id = new_id().map_err(Failure::new)?;
+    let mut network = PodNetwork::connect(&arguments.net, &base, &id, arguments.cpus)?;
+    if network.is_some() {
+        timeline.mark("network made");
+    }
+    let (request, stdio) = request(&mut arguments, id, image, network.as_mut())?;
     let pod = Pod::start(&base, request).map_err(Failure::new)?;
     timeline.mark("machine spawned");
     let outcome = attach(
@@ -156,15 +166,22 @@ pub(crate) fn run(mut arguments: RunArgs, origin: u64) -> Result<u8, Failure> {
             timeline,
         },
     );
+    if let Some(network) = network {
+        network.disconnect();
+    }
     if let Some(format) = format {
         eprint!("{}", outcome.timeline.render(format));
     }
     outcome.result
 }
 
-fn request(arguments: &mut RunArgs, image: Resolved) -> Result<(PodRequest, Stdio), Failure> {
+fn request(
+    arguments: &mut RunArgs,
+    id: String,
+    image: Resolved,
+    network: Option<&mut PodNetwork>,
+) -> Result<(PodRequest, Stdio), Failure> {
     let install = Install::find(arguments.kernel.as_deref()).map_err(Failure::new)?;
-    let id = new_id().map_err(Failure::new)?;
     let process = container_process(arguments, &image).map_err(Failure::usage)?;
     let stdio = stdio(arguments).map_err(Failure::new)?;
     let container = ContainerSpec {
@@ -184,6 +201,7 @@ fn request(arguments: &mut RunArgs, image: Resolved) -> Result<(PodRequest, Stdi
         hostname: arguments.hostname.take().unwrap_or_else(|| id.clone()),
         containers: vec![container],
         exit_with_containers: true,
+        network: network.as_ref().map(|network| network.spec()),
         ..PodSpec::default()
     };
     let request = PodRequest {
@@ -192,6 +210,7 @@ fn request(arguments: &mut RunArgs, image: Resolved) -> Result<(PodRequest, Stdi
         cpus: arguments.cpus,
         memory_mib: arguments.memory,
         disks: image.disks,
+        nets: network.map(PodNetwork::take_device).into_iter().collect(),
         guest,
         timeline: arguments.timeline.is_some(),
         console: arguments.console.take(),

@@ -21,6 +21,6 @@ pub mod run_dir;
 pub mod vmm_process;
 
 pub use install::{Install, InstallError, NamedFile};
-pub use pod::{Pod, PodDisk, PodError, PodEvent, PodRequest};
+pub use pod::{Pod, PodDisk, PodError, PodEvent, PodNet, PodRequest};
 pub use run_dir::{RunDirError, base_directory};
 pub use vmm_process::{MachineEnd, VmmError};

@@ -5,6 +5,7 @@ use std::io;
 use std::os::fd::BorrowedFd;
 use std::path::{Path, PathBuf};
 
+use cube_guest::network::MacAddress;
 use cube_guest::{HostRequest, POD_SPEC_PATH, PodSpec};
 use rustix::event::PollFlags;
 
@@ -12,7 +13,9 @@ use super::install::{Install, NamedFile};
 use super::run_dir::{RunDir, RunDirError};
 use super::vmm_process::{Inherited, MachineEnd, VmmError, VmmProcess};
 use crate::pod::{ListenError, Ports, Session, SessionError, SessionEvent, new_token};
-use crate::vmm::spec::{DiskPart, DiskSpec, InitramfsFile, InitramfsSpec, MachineSpec, VsockSpec};
+use crate::vmm::spec::{
+    DiskPart, DiskSpec, InitramfsFile, InitramfsSpec, MachineSpec, NetSpec, RateLimit, VsockSpec,
+};
 
 /// The guest's vsock context id. It names the guest within its own machine only.
 const GUEST_CID: u32 = 3;
@@ -30,6 +33,21 @@ pub struct PodDisk {
     pub read_only: bool,
 }
 
+/// A network interface of the pod.
+#[derive(Debug)]
+pub struct PodNet {
+    /// What messages call it, such as `eth0`.
+    pub name: String,
+    /// The queues of its tap, with a virtio header of 12 bytes.
+    pub queues: Vec<NamedFile>,
+    /// The guest's address on it.
+    pub mac: MacAddress,
+    /// MTU in bytes.
+    pub mtu: u16,
+    /// Whether frames of the guest with another source address are dropped.
+    pub check_source: bool,
+}
+
 /// What to start.
 #[derive(Debug)]
 pub struct PodRequest {
@@ -43,6 +61,8 @@ pub struct PodRequest {
     pub memory_mib: u32,
     /// Disks, in order.
     pub disks: Vec<PodDisk>,
+    /// Network interfaces, in order.
+    pub nets: Vec<PodNet>,
     /// What the guest runs.
     pub guest: PodSpec,
     /// Whether `cube-vmm` notes its stages ([`Pod::timeline`]).
@@ -235,6 +255,20 @@ fn machine_spec(
         read_only: disk.read_only,
     });
     let disks = disks.collect();
+    let nets = request.nets.into_iter().map(|net| NetSpec {
+        name: net.name,
+        tap_fds: net
+            .queues
+            .into_iter()
+            .map(|queue| inherited.pass_fd(queue))
+            .collect(),
+        mac: net.mac,
+        mtu: net.mtu,
+        check_source: net.check_source,
+        receive_limit: RateLimit::default(),
+        transmit_limit: RateLimit::default(),
+    });
+    let nets = nets.collect();
     Ok(MachineSpec {
         kernel: inherited.pass(request.install.kernel),
         initramfs: Some(InitramfsSpec {
@@ -245,6 +279,7 @@ fn machine_spec(
         cpus: request.cpus,
         memory_mib: request.memory_mib,
         disks,
+        nets,
         vsock: Some(VsockSpec {
             cid: GUEST_CID,
             path: vsock,

@@ -163,7 +163,8 @@ fn try_lock(path: &Path) -> io::Result<Option<File>> {
 fn sweep(base: &Path) -> Result<(), RunDirError> {
     for entry in fs::read_dir(base).named("list", base)?.flatten() {
         let path = entry.path();
-        let is_pod = entry.file_type().is_ok_and(|kind| kind.is_dir());
+        let hidden = entry.file_name().as_encoded_bytes().starts_with(b".");
+        let is_pod = !hidden && entry.file_type().is_ok_and(|kind| kind.is_dir());
         if is_pod && let Ok(Some(_lock)) = try_lock(&path) {
             let _ = fs::remove_dir_all(&path);
         }

@@ -77,9 +77,14 @@ pub(crate) struct Inherited {
 impl Inherited {
     /// Passes `file` on; returns how the specification refers to it.
     pub(crate) fn pass(&mut self, file: NamedFile) -> FileSource {
-        let source = FileSource::Fd(file.file.as_raw_fd());
+        FileSource::Fd(self.pass_fd(file))
+    }
+
+    /// Passes `file` on; returns its number.
+    pub(crate) fn pass_fd(&mut self, file: NamedFile) -> RawFd {
+        let fd = file.file.as_raw_fd();
         self.files.push(file);
-        source
+        fd
     }
 
     fn names(&self) -> Vec<(RawFd, PathBuf)> {

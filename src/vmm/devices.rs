@@ -1,13 +1,15 @@
 //! The devices that a spec asks for, made before anything costly happens, in the order of their slots:
-//! disks, vsock, rng.
+//! disks, networks, vsock, rng.
 #![forbid(unsafe_code)]
 
 use std::io;
 
-use crate::vmm::files::{FileError, Opened};
-use crate::vmm::spec::{DiskSpec, ValidSpec};
+use crate::vmm::files::{self, FileError, Opened};
+use crate::vmm::spec::{DiskSpec, NetSpec, ValidSpec};
 use crate::vmm::virtio::VirtioDevice;
 use crate::vmm::virtio::blk::{Blk, Disk, DiskError, PartFile};
+use crate::vmm::virtio::net::tap::{Tap, TapError};
+use crate::vmm::virtio::net::{Identity, Net, NetControl};
 use crate::vmm::virtio::rng::Rng;
 use crate::vmm::virtio::vsock::{Vsock, VsockError};
 
@@ -23,6 +25,14 @@ pub enum DeviceError {
     /// The vsock device's socket cannot be made.
     #[error(transparent)]
     Vsock(#[from] VsockError),
+    /// A network's tap cannot be used.
+    #[error("network {name}: {source}")]
+    Tap {
+        /// The network.
+        name: String,
+        /// Why.
+        source: TapError,
+    },
     /// Every slot has a device.
     #[error("no virtio slot is free for {name}; raise `spare_slots`")]
     NoSlot {
@@ -39,14 +49,28 @@ pub enum DeviceError {
     },
 }
 
+/// The devices of a machine, and what is controlled while they run.
+pub struct Devices {
+    /// In the order of their slots.
+    pub devices: Vec<Box<dyn VirtioDevice>>,
+    /// The networks' controls, by name.
+    pub nets: Vec<(String, NetControl)>,
+}
+
 /// Makes the spec's devices.
 ///
 /// # Errors
 /// The device whose file or socket is not to be had.
-pub fn open(spec: &ValidSpec) -> Result<Vec<Box<dyn VirtioDevice>>, DeviceError> {
+pub fn open(spec: &ValidSpec) -> Result<Devices, DeviceError> {
     let mut devices: Vec<Box<dyn VirtioDevice>> = Vec::new();
     for disk in &spec.disks {
         devices.push(Box::new(Blk::new(open_disk(disk)?)));
+    }
+    let mut nets = Vec::new();
+    for net in &spec.nets {
+        let device = open_net(net)?;
+        nets.push((net.name.clone(), device.control()));
+        devices.push(Box::new(device));
     }
     if let Some(vsock) = &spec.vsock {
         devices.push(Box::new(Vsock::new(vsock.cid, &vsock.path)?));
@@ -54,7 +78,28 @@ pub fn open(spec: &ValidSpec) -> Result<Vec<Box<dyn VirtioDevice>>, DeviceError>
     if spec.rng {
         devices.push(Box::new(Rng));
     }
-    Ok(devices)
+    Ok(Devices { devices, nets })
+}
+
+fn open_net(spec: &NetSpec) -> Result<Net<Tap>, DeviceError> {
+    let fault = |source| DeviceError::Tap {
+        name: spec.name.clone(),
+        source,
+    };
+    let queues = spec.tap_fds.iter().map(|fd| files::inherited(*fd));
+    let queues = queues.collect::<io::Result<Vec<_>>>();
+    let tap = queues
+        .map_err(TapError::from)
+        .and_then(Tap::new)
+        .map_err(fault)?;
+    let identity = Identity {
+        name: spec.name.clone(),
+        mac: spec.mac,
+        mtu: spec.mtu,
+        check_source: spec.check_source,
+    };
+    let limits = (spec.receive_limit, spec.transmit_limit);
+    Net::new(identity, tap, limits).map_err(|error| fault(error.into()))
 }
 
 fn open_disk(spec: &DiskSpec) -> Result<Disk, DeviceError> {

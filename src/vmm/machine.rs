@@ -18,7 +18,7 @@ use kvm_ioctls::VcpuFd;
 use crate::vmm::boot::{self, BootError, BootFiles, EntryPoint};
 use crate::vmm::bus::{BusBuilder, Overlap};
 use crate::vmm::cpu::{self, CpuModel};
-use crate::vmm::devices::{self, DeviceError};
+use crate::vmm::devices::{self, DeviceError, Devices};
 use crate::vmm::exit::{End, Ending};
 use crate::vmm::files::FileError;
 use crate::vmm::ioapic::IoApic;
@@ -35,6 +35,7 @@ use crate::vmm::stats::Stats;
 use crate::vmm::thread::{self, Role};
 use crate::vmm::timeline::{Stage, Timeline};
 use crate::vmm::vcpu::{self, Platform, VcpuThread};
+use crate::vmm::virtio::net::NetControl;
 use crate::vmm::worker::{Worker, WorkerError};
 
 /// Why a machine could not be built or started. All are the host's faults or the spec's, not the guest's.
@@ -80,6 +81,7 @@ pub struct Machine {
     vcpus: Vec<VcpuFd>,
     platform: Platform,
     slots: Slots,
+    nets: Vec<(String, NetControl)>,
     worker: Option<Worker>,
     vm: Vm,
 }
@@ -98,7 +100,7 @@ impl Machine {
         count_exits: bool,
     ) -> Result<Self, MachineError> {
         let files = BootFiles::open(spec)?;
-        let devices = devices::open(spec)?;
+        let Devices { devices, nets } = devices::open(spec)?;
         let memory = memory::allocate(spec.memory_bytes(), spec.huge_pages)
             .map_err(|error| MachineError::Memory(spec.memory_mib, error))?;
         std::thread::scope(|scope| {
@@ -121,6 +123,7 @@ impl Machine {
             for device in devices {
                 machine.slots.attach(device)?;
             }
+            machine.nets = nets;
             if count_exits {
                 machine.platform.stats.watch(&machine.vcpus);
             }
@@ -161,6 +164,7 @@ impl Machine {
             vcpus,
             platform,
             slots,
+            nets: Vec::new(),
             worker,
             vm,
         })
@@ -184,6 +188,7 @@ impl Machine {
             vcpus: Vec::with_capacity(self.vcpus.len()),
             platform,
             slots: self.slots,
+            nets: self.nets,
             worker: self.worker,
             _vm: self.vm,
         };
@@ -228,6 +233,7 @@ pub struct Running {
     vcpus: Vec<VcpuThread>,
     platform: Arc<Platform>,
     slots: Slots,
+    nets: Vec<(String, NetControl)>,
     worker: Option<Worker>,
     _vm: Vm,
 }
@@ -261,6 +267,13 @@ impl Running {
     /// The virtio-mmio slots, to attach devices to and detach them from while the machine runs.
     pub fn slots(&self) -> &Slots {
         &self.slots
+    }
+
+    /// The way to change and watch the network called `name` in the spec.
+    pub fn net(&self, name: &str) -> Option<&NetControl> {
+        let mut nets = self.nets.iter();
+        nets.find(|(net, _)| net == name)
+            .map(|(_, control)| control)
     }
 
     /// Stops all threads, if they have not ended, and says why the machine ended: `cause` if nothing

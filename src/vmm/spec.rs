@@ -4,12 +4,14 @@
 //! out is a [`ValidSpec`], and the machine takes nothing else.
 #![forbid(unsafe_code)]
 
+mod net;
 mod validate;
 
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+pub use net::{NetSpec, Rate, RateLimit};
 pub use validate::{HostLimits, SpecError, ValidSpec};
 
 /// One virtual machine.
@@ -35,6 +37,9 @@ pub struct MachineSpec {
     /// Block devices, in order.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub disks: Vec<DiskSpec>,
+    /// Network devices, in order.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub nets: Vec<NetSpec>,
     /// The vsock device; absent: none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub vsock: Option<VsockSpec>,

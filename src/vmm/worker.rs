@@ -447,6 +447,7 @@ fn register(epoll: &Epoll, token: Token, interest: &Interest) -> io::Result<()> 
     let mut set = EventSet::empty();
     set.set(EventSet::IN, interest.readable);
     set.set(EventSet::OUT, interest.writable);
+    set.set(EventSet::EDGE_TRIGGERED, interest.edge_triggered);
     let event = EpollEvent::new(set, pack(token, interest.token));
     match epoll.ctl(ControlOperation::Modify, interest.fd, event) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => {

@@ -77,6 +77,16 @@ impl DriverQueue {
         }
     }
 
+    /// The same rings for another thread to look at.
+    pub fn clone_view(&self) -> Self {
+        Self {
+            memory: self.memory.clone(),
+            free: VecDeque::new(),
+            held: Default::default(),
+            ..*self
+        }
+    }
+
     /// Descriptor table, available ring, used ring.
     pub fn addresses(&self) -> [u64; 3] {
         [self.descriptors, self.available, self.used]

@@ -119,6 +119,8 @@ fn machine(directory: &Path, pod: &PodSpec) -> MachineSpec {
             path: directory.join("vsock"),
         }),
         rng: true,
+        nets: Vec::new(),
+        huge_pages: false,
         spare_slots: 2,
         console: None,
     }

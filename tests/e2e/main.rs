@@ -13,6 +13,7 @@ mod environment;
 mod execs;
 mod faults;
 mod images;
+mod networks;
 mod pods;
 mod runtime;
 mod streams;

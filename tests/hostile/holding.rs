@@ -57,6 +57,7 @@ impl QueueHandler for Echo {
             token: 9,
             readable: true,
             writable: false,
+            edge_triggered: false,
         }]
     }
 

@@ -36,6 +36,7 @@ impl Backend for Gated {
             token: 1,
             readable: true,
             writable: false,
+            edge_triggered: false,
         }]
     }
 

@@ -93,6 +93,8 @@ pub(crate) fn show(
         ("CUBE_KERNEL", parts.kernel.into()),
         ("CUBE_INIT", parts.init.into()),
         ("CUBE_STORE", parts.store.into()),
+        // A start is what is shown; the host's network is left as it is.
+        ("CUBE_NET", "none".into()),
     ];
     match outer {
         Some(outer) => in_testbed(outer, &words, &variables),

@@ -42,7 +42,7 @@ pub(crate) fn install(steps: &mut Steps) -> Result<()> {
 
 /// What this machine needs; the testbed's only where KVM cannot run a guest.
 fn packages() -> Vec<&'static [&'static str]> {
-    let mut lists = vec![apt::BUILD, apt::KERNEL, apt::IMAGES];
+    let mut lists = vec![apt::BUILD, apt::KERNEL, apt::IMAGES, apt::NETWORKS];
     if !doctor::kvm_runs_linux() {
         lists.push(apt::TESTBED);
     }

@@ -25,8 +25,8 @@ use crate::container::rootfs::SHM;
 use crate::container::{NAMESPACES, cgroup};
 use crate::disks::DISKS;
 use crate::error::{Context, Error};
-use crate::sys;
 use crate::volumes::VOLUMES;
+use crate::{network, sys};
 
 /// Where the new root is mounted before it becomes `/`.
 const NEW_ROOT: &str = "/.root";
@@ -75,6 +75,9 @@ pub(crate) fn boot() -> Result<PodSpec, Error> {
     }
     set_sysctls(&spec.sysctls)?;
     mount_shm(spec.shm_bytes.unwrap_or(SHM_BYTES))?;
+    if let Some(network) = &spec.network {
+        network::configure(network, &spec.hostname)?;
+    }
     Ok(spec)
 }
 

@@ -33,6 +33,7 @@ mod events;
 mod forward;
 mod job;
 mod measure;
+mod network;
 mod port;
 mod read_file;
 mod slots;

@@ -6,6 +6,7 @@ use std::ffi::OsStr;
 
 use crate::vmm::boot::cmdline;
 use crate::vmm::layout;
+use crate::vmm::spec::net::check_nets;
 use crate::vmm::spec::{DiskSpec, FileSource, InitramfsSpec, MachineSpec, VsockSpec};
 
 /// The most vCPUs of a machine.
@@ -33,7 +34,7 @@ pub enum SpecError {
     },
 }
 
-fn fault<T>(field: impl Into<String>, fault: impl Into<String>) -> Result<T, SpecError> {
+pub(super) fn fault<T>(field: impl Into<String>, fault: impl Into<String>) -> Result<T, SpecError> {
     Err(SpecError::Field {
         field: field.into(),
         fault: fault.into(),
@@ -84,6 +85,7 @@ impl ValidSpec {
 
 fn slots(spec: &MachineSpec) -> usize {
     spec.disks.len()
+        + spec.nets.len()
         + usize::from(spec.vsock.is_some())
         + usize::from(spec.rng)
         + usize::from(spec.spare_slots)
@@ -113,6 +115,7 @@ impl MachineSpec {
             check_initramfs(initramfs)?;
         }
         check_disks(&self.disks)?;
+        check_nets(&self.nets)?;
         if let Some(vsock) = &self.vsock {
             check_vsock(vsock)?;
         }
@@ -181,6 +184,11 @@ fn check_descriptors(spec: &MachineSpec) -> Result<(), SpecError> {
     for (i, disk) in spec.disks.iter().enumerate() {
         for (j, part) in disk.parts.iter().enumerate() {
             check(format!("disks[{i}].parts[{j}].file"), &part.file)?;
+        }
+    }
+    for (i, net) in spec.nets.iter().enumerate() {
+        for (j, fd) in net.tap_fds.iter().enumerate() {
+            check(format!("nets[{i}].tap_fds[{j}]"), &FileSource::Fd(*fd))?;
         }
     }
     Ok(())

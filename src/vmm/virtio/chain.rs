@@ -58,6 +58,11 @@ impl Segments {
         self.total == 0
     }
 
+    /// The number of segments.
+    pub fn count(&self) -> usize {
+        self.list.len()
+    }
+
     /// The segments that hold the bytes `offset..offset + len`, cut to that range.
     ///
     /// # Errors

@@ -32,11 +32,11 @@
 use std::any::Any;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{Ordering, fence};
 
 use virtio_bindings::bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
-use vm_memory::{Bytes, GuestAddress};
+use vm_memory::{Address, Bytes, GuestAddress};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::chain::Chain;
@@ -51,6 +51,9 @@ pub const TURN_CHAINS: u32 = 64;
 
 /// Bytes after which a turn ends; the chain that reaches it is still handled whole.
 pub const TURN_BYTES: u64 = 4 << 20;
+
+/// Bytes of an element of the used ring (virtio 1.2, section 2.7.8).
+const USED_ELEMENT: u64 = 8;
 
 /// The token of the kick eventfd. A handler's own tokens must be below it.
 pub const KICK: u32 = RESUME - 1;
@@ -99,7 +102,8 @@ pub trait QueueHandler: Send + 'static {
     }
 
     /// The device is about to leave its worker (reset, pause, detach): finishes or cancels every chain
-    /// that is pending. Completions are still published. After it, nothing touches guest memory.
+    /// that is pending, or gives it back unused. Completions are still published. After it, nothing touches
+    /// guest memory.
     fn quiesce(&mut self, _memory: &GuestMemory, _effects: &mut Effects) {}
 }
 
@@ -130,6 +134,7 @@ pub enum Failure {
 #[derive(Debug, Default)]
 pub struct Effects {
     completed: Vec<Completion>,
+    given_back: Vec<(u16, u16)>,
     run: Vec<u16>,
     rearm: bool,
     faults: u32,
@@ -141,6 +146,8 @@ struct Completion {
     queue: u16,
     head: u16,
     written: u32,
+    /// The driver must not see it before the next one.
+    with_next: bool,
 }
 
 impl Effects {
@@ -150,7 +157,25 @@ impl Effects {
             queue,
             head,
             written,
+            with_next: false,
         });
+    }
+
+    /// As [`Effects::complete`], but the driver sees this chain only together with the one that is completed
+    /// next, of the same queue: for what lies in several chains and says so in the first.
+    pub fn complete_with_next(&mut self, queue: u16, head: u16, written: u32) {
+        self.completed.push(Completion {
+            queue,
+            head,
+            written,
+            with_next: true,
+        });
+    }
+
+    /// Gives a pending chain back unused. Of the chains that its queue has pending it must be the one that
+    /// was taken last.
+    pub fn give_back(&mut self, queue: u16, head: u16) {
+        self.given_back.push((queue, head));
     }
 
     /// Looks at `queue` again in this turn or the next: the handler wants chains now.
@@ -188,6 +213,8 @@ struct DrainedQueue {
     published: bool,
     /// The driver was asked to kick.
     notifying: bool,
+    /// The used index when the driver was last told, or might have been.
+    told: u16,
 }
 
 /// The worker half of every device whose queues this process serves: the loop around a handler.
@@ -317,7 +344,7 @@ impl<H: QueueHandler> Drain<H> {
             self.counters.request(readable);
             if let Outcome::Done(written) = outcome {
                 self.counters.completion(written);
-                queue.publish(&self.memory, head, written)?;
+                queue.publish(&self.memory, [(head, written)])?;
             }
             self.apply_effects()?;
             budget.spend(readable.saturating_add(writable));
@@ -344,16 +371,31 @@ impl<H: QueueHandler> Drain<H> {
                 queue.runnable = true;
             }
         }
-        for done in self.effects.completed.drain(..) {
-            let queue = self
-                .queues
-                .iter_mut()
-                .find(|queue| queue.index == done.queue);
-            if let Some(queue) = queue {
-                self.counters.completion(done.written);
-                queue.publish(&self.memory, done.head, done.written)?;
+        for (index, head) in self.effects.given_back.drain(..) {
+            if let Some(queue) = self.queues.iter_mut().find(|queue| queue.index == index) {
+                queue.put_back(head);
             }
         }
+        let mut completed = std::mem::take(&mut self.effects.completed);
+        let groups = completed.chunk_by(|done, next| done.with_next && done.queue == next.queue);
+        for group in groups {
+            let index = group.first().map(|done| done.queue);
+            if let Some(queue) = self
+                .queues
+                .iter_mut()
+                .find(|queue| Some(queue.index) == index)
+            {
+                for done in group {
+                    self.counters.completion(done.written);
+                }
+                queue.publish(
+                    &self.memory,
+                    group.iter().map(|done| (done.head, done.written)),
+                )?;
+            }
+        }
+        completed.clear();
+        self.effects.completed = completed;
         Ok(())
     }
 
@@ -388,6 +430,7 @@ impl<H: QueueHandler> Active for Drain<H> {
             token: KICK,
             readable: true,
             writable: false,
+            edge_triggered: false,
         });
         interests
     }
@@ -438,6 +481,7 @@ impl DrainedQueue {
         Self {
             index: active.index,
             in_flight: vec![false; active.queue.size().into()],
+            told: active.queue.next_used(),
             queue: active.queue,
             // The driver may have filled the ring before the device was adopted.
             runnable: true,
@@ -488,11 +532,34 @@ impl DrainedQueue {
         Ok(!self.runnable)
     }
 
-    fn publish(&mut self, memory: &GuestMemory, head: u16, written: u32) -> Result<(), GuestFault> {
-        self.forget(head);
+    /// Puts chains, as (head, bytes written), into the used ring; the driver sees all of them at once.
+    fn publish(
+        &mut self,
+        memory: &GuestMemory,
+        chains: impl IntoIterator<Item = (u16, u32)>,
+    ) -> Result<(), GuestFault> {
+        let ring = GuestAddress(self.queue.used_ring());
+        let field = |offset| ring.checked_add(offset).ok_or(GuestFault::Ring);
+        let mut next = self.queue.next_used();
+        for (head, written) in chains {
+            self.forget(head);
+            let element = u64::from(head) | u64::from(written) << 32;
+            // A size of 0 never gets as far as here.
+            let slot = next.checked_rem(self.queue.size()).unwrap_or_default();
+            let at = field(
+                u64::from(slot)
+                    .saturating_mul(USED_ELEMENT)
+                    .saturating_add(4),
+            )?;
+            memory
+                .write_slice(&element.to_le_bytes(), at)
+                .map_err(|_| GuestFault::Ring)?;
+            next = next.wrapping_add(1);
+        }
+        self.queue.set_next_used(next);
         self.published = true;
-        self.queue
-            .add_used(memory, head, written)
+        memory
+            .store(next.to_le(), field(2)?, Ordering::Release)
             .map_err(|_| GuestFault::Ring)
     }
 
@@ -502,19 +569,29 @@ impl DrainedQueue {
         }
     }
 
+    /// Whether what was published since the last call is worth an interrupt to the driver (virtio 1.2, section
+    /// 2.7.7.2).
     fn driver_wants_interrupt(&mut self, memory: &GuestMemory) -> Result<bool, GuestFault> {
-        let wanted = self
-            .queue
-            .needs_notification(memory)
-            .map_err(|_| GuestFault::Ring)?;
-        if self.queue.event_idx_enabled() {
-            return Ok(wanted);
+        let (old, new) = (self.told, self.queue.next_used());
+        self.told = new;
+        // The driver writes what it wants, then looks at the used index; here it is the other way round.
+        fence(Ordering::SeqCst);
+        let available = GuestAddress(self.queue.avail_ring());
+        let field = |offset| -> Result<u16, GuestFault> {
+            let at = available.checked_add(offset).ok_or(GuestFault::Ring)?;
+            let value = memory.load(at, Ordering::Relaxed);
+            value.map(u16::from_le).map_err(|_| GuestFault::Ring)
+        };
+        if !self.queue.event_idx_enabled() {
+            // The driver asks for silence in the available ring's flags, its first field.
+            return Ok(u32::from(field(0)?) & VRING_AVAIL_F_NO_INTERRUPT == 0);
         }
-        // Without EVENT_IDX the driver asks for silence in the available ring's flags (virtio 1.2, section
-        // 2.7.7), its first field; `needs_notification` has put a fence before this read.
-        let flags: u16 = memory
-            .load(GuestAddress(self.queue.avail_ring()), Ordering::Relaxed)
-            .map_err(|_| GuestFault::Ring)?;
-        Ok(u32::from(u16::from_le(flags)) & VRING_AVAIL_F_NO_INTERRUPT == 0)
+        // `used_event` lies behind the ring; the answer is yes when the index has passed it.
+        let used_event = field(
+            u64::from(self.queue.size())
+                .saturating_mul(2)
+                .saturating_add(4),
+        )?;
+        Ok(new.wrapping_sub(used_event).wrapping_sub(1) < new.wrapping_sub(old))
     }
 }

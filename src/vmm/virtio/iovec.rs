@@ -49,22 +49,7 @@ impl<'m> IoVecs<'m> {
         len: u32,
     ) -> Result<Self, GuestFault> {
         let mut list = Vec::new();
-        for segment in segments.range(offset, len)? {
-            let slices = memory
-                .get_slices(
-                    segment.address,
-                    segment.len as usize,
-                    Permissions::ReadWrite,
-                )
-                .map_err(|_| GuestFault::Address)?;
-            for slice in slices {
-                let slice = slice.map_err(|_| GuestFault::Address)?;
-                list.push(libc::iovec {
-                    iov_base: slice.ptr_guard_mut().as_ptr().cast(),
-                    iov_len: slice.len(),
-                });
-            }
-        }
+        push_vectors(memory, segments, offset, len, &mut list)?;
         Ok(Self {
             list,
             first: 0,
@@ -193,6 +178,168 @@ impl<'m> IoVecs<'m> {
             self.first = self.first.saturating_add(1);
         }
     }
+}
+
+/// Bytes of the host followed by bytes of guest memory, written as one.
+pub struct Gather<'m> {
+    list: Vec<libc::iovec>,
+    _lenders: PhantomData<(&'m GuestMemory, &'m [u8])>,
+}
+
+impl<'m> Gather<'m> {
+    /// `prefix`, which stands for the first bytes of `segments`, and the rest of those.
+    ///
+    /// # Errors
+    /// [`GuestFault::Request`] when the segments are shorter than the prefix.
+    pub fn new(
+        memory: &'m GuestMemory,
+        prefix: &'m [u8],
+        segments: &Segments,
+    ) -> Result<Self, GuestFault> {
+        let skip = u32::try_from(prefix.len()).map_err(|_| GuestFault::Request)?;
+        let len = segments
+            .len()
+            .checked_sub(skip)
+            .ok_or(GuestFault::Request)?;
+        let mut list = Vec::with_capacity(segments.count().saturating_add(1));
+        list.push(libc::iovec {
+            iov_base: prefix.as_ptr().cast_mut().cast(),
+            iov_len: prefix.len(),
+        });
+        push_vectors(memory, segments, skip, len, &mut list)?;
+        Ok(Self {
+            list,
+            _lenders: PhantomData,
+        })
+    }
+
+    /// Writes everything to `fd` in one call.
+    ///
+    /// # Errors
+    /// The kernel's; `WouldBlock` when `fd` is non-blocking and takes nothing.
+    pub fn write(&self, fd: BorrowedFd<'_>) -> io::Result<usize> {
+        let count = libc::c_int::try_from(self.list.len().min(IOV_MAX)).unwrap_or_default();
+        // SAFETY: the vectors are the prefix, whose borrow lives as long as this object, and stretches of a
+        // mapping that the borrow of guest memory keeps alive; the kernel only reads them.
+        check(unsafe { libc::writev(fd.as_raw_fd(), self.list.as_ptr(), count) })
+    }
+}
+
+/// Guest memory that waits to be filled, over many calls: a queue of buffers.
+pub struct ReceiveBuffers {
+    /// Keeps the mappings alive that the vectors point into.
+    memory: GuestMemory,
+    list: Vec<libc::iovec>,
+    /// Vectors before this one are gone.
+    first: usize,
+    /// One call's vectors; empty in between.
+    call: Vec<libc::iovec>,
+}
+
+// SAFETY: the pointers lead into guest memory, which `memory` keeps mapped, at the same address in every
+// thread of the process; nothing but the kernel follows them.
+unsafe impl Send for ReceiveBuffers {}
+
+impl ReceiveBuffers {
+    /// No buffers yet; all will be in `memory`.
+    pub fn new(memory: GuestMemory) -> Self {
+        Self {
+            memory,
+            list: Vec::new(),
+            first: 0,
+            call: Vec::new(),
+        }
+    }
+
+    /// Adds a buffer at the end; returns the number of vectors that it takes.
+    ///
+    /// # Errors
+    /// [`GuestFault::Address`] when it is not in guest memory.
+    pub fn push(&mut self, segments: &Segments) -> Result<usize, GuestFault> {
+        // Amortised: what is gone is at least half of the list.
+        if self.first >= self.list.len().div_ceil(2) {
+            self.list.drain(..self.first.min(self.list.len()));
+            self.first = 0;
+        }
+        let before = self.list.len();
+        push_vectors(&self.memory, segments, 0, segments.len(), &mut self.list)?;
+        Ok(self.list.len().saturating_sub(before))
+    }
+
+    /// Reads once from `fd`: the first bytes into `prefix`, those behind them into the buffers, at the place
+    /// where they would be if the prefix were in the buffers too. What is longer than all buffers is cut, and
+    /// the result is larger than they are.
+    ///
+    /// # Errors
+    /// The kernel's; `WouldBlock` when `fd` is non-blocking and has nothing.
+    pub fn read(&mut self, fd: BorrowedFd<'_>, prefix: &mut [u8]) -> io::Result<usize> {
+        self.call.push(libc::iovec {
+            iov_base: prefix.as_mut_ptr().cast(),
+            iov_len: prefix.len(),
+        });
+        let mut skip = prefix.len();
+        for vector in self.list.get(self.first..).unwrap_or_default() {
+            let skipped = skip.min(vector.iov_len);
+            skip = skip.saturating_sub(skipped);
+            if skipped < vector.iov_len {
+                self.call.push(libc::iovec {
+                    iov_base: vector.iov_base.wrapping_byte_add(skipped),
+                    iov_len: vector.iov_len.saturating_sub(skipped),
+                });
+            }
+        }
+        let mut beyond = 0u8;
+        self.call.push(libc::iovec {
+            iov_base: (&raw mut beyond).cast(),
+            iov_len: 1,
+        });
+        let count = libc::c_int::try_from(self.call.len().min(IOV_MAX)).unwrap_or_default();
+        // SAFETY: the first vector is `prefix`, borrowed exclusively for this call, the last one a local of
+        // this function; the others lie inside mappings that `memory` keeps alive, and only the kernel and
+        // the guest touch their bytes.
+        let read = unsafe { libc::readv(fd.as_raw_fd(), self.call.as_ptr(), count) };
+        let read = check(read);
+        self.call.clear();
+        read
+    }
+
+    /// Forgets the first vectors.
+    pub fn drop_first(&mut self, vectors: usize) {
+        self.first = self.first.saturating_add(vectors);
+    }
+
+    /// Forgets all.
+    pub fn clear(&mut self) {
+        self.list.clear();
+        self.first = 0;
+    }
+}
+
+/// Appends the vectors of the bytes `offset..offset + len` of `segments`.
+fn push_vectors(
+    memory: &GuestMemory,
+    segments: &Segments,
+    offset: u32,
+    len: u32,
+    list: &mut Vec<libc::iovec>,
+) -> Result<(), GuestFault> {
+    for segment in segments.range(offset, len)? {
+        let slices = memory
+            .get_slices(
+                segment.address,
+                segment.len as usize,
+                Permissions::ReadWrite,
+            )
+            .map_err(|_| GuestFault::Address)?;
+        for slice in slices {
+            let slice = slice.map_err(|_| GuestFault::Address)?;
+            list.push(libc::iovec {
+                iov_base: slice.ptr_guard_mut().as_ptr().cast(),
+                iov_len: slice.len(),
+            });
+        }
+    }
+    Ok(())
 }
 
 /// A system call's answer as a count.

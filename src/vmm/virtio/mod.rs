@@ -29,11 +29,12 @@
 pub mod blk;
 pub mod chain;
 pub mod counters;
+pub mod deadlines;
 pub mod drain;
 pub mod iovec;
 pub mod mmio;
+pub mod net;
 pub mod rng;
-
 pub mod vsock;
 
 use std::os::fd::RawFd;
@@ -216,7 +217,7 @@ pub trait Active: Send + std::any::Any {
     fn quiesce(&mut self) {}
 }
 
-/// One descriptor that an active device wants polled, level-triggered.
+/// One descriptor that an active device wants polled.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Interest {
     /// The descriptor, owned by the device.
@@ -227,6 +228,8 @@ pub struct Interest {
     pub readable: bool,
     /// Wake up when writable.
     pub writable: bool,
+    /// Wake up when it becomes ready, and not again while it stays so: for a device that remembers.
+    pub edge_triggered: bool,
 }
 
 /// What the worker does after a turn.

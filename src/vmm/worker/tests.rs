@@ -55,6 +55,7 @@ fn readable(fd: &OwnedFd, token: u32) -> Interest {
         token,
         readable: true,
         writable: false,
+        edge_triggered: false,
     }
 }
 

@@ -30,7 +30,7 @@ const LAZY: &str = "veth bridge dummy macvlan macvtap vxlan ifb vhost_net act_mi
     nft_log nft_limit nft_reject_inet nft_fib_inet xt_comment xt_MASQUERADE xt_conntrack xt_mark xt_addrtype xt_nat \
     xt_tcpudp xt_multiport xt_statistic iptable_nat iptable_filter ip6table_nat ip6table_filter br_netfilter nfsd \
     nfsv3 nfsv4 nfs loop nbd ext4 erofs fuse dm_mod configfs inet_diag tcp_diag unix_diag vsock vsock_diag \
-    vhost_vsock null_blk";
+    vhost_vsock null_blk crc32c_generic";
 
 /// Files that QEMU boots.
 #[derive(Debug, Clone)]

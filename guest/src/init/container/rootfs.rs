@@ -20,6 +20,7 @@ use rustix::mount::{MountFlags, MountPropagationFlags, MoveMountFlags, UnmountFl
 use super::mounts::{self, Detached, Device, Wanted};
 use crate::boot::make_directory;
 use crate::error::{Context, Error};
+use crate::network;
 
 /// Where the root is mounted before it is the root.
 const ROOT: &str = "/run/root";
@@ -104,6 +105,7 @@ pub(crate) fn enter(root: &Root<'_>) -> Result<(), Error> {
     let nodes: Vec<Detached<'_>> = nodes.collect::<Result<_, _>>()?;
     let trees = root.mounts.iter().map(mounts::detach);
     let trees: Vec<Option<Detached<'_>>> = trees.collect::<Result<_, _>>()?;
+    let names = network::files::clone();
     let pivot = || {
         rustix::process::chdir(ROOT)?;
         rustix::process::pivot_root(".", ".")?;
@@ -112,6 +114,7 @@ pub(crate) fn enter(root: &Root<'_>) -> Result<(), Error> {
         rustix::process::chdir("/")
     };
     pivot().context(|| "pivot into the container's root".into())?;
+    network::files::attach(names)?;
     mount_kernel_file_systems(privileged)?;
     populate_dev(devices, &shm, &root.devpts, root.has_terminal)?;
     for (wanted, tree) in root.mounts.iter().zip(&trees) {

@@ -40,6 +40,75 @@ fn a_small_spec_is_good() {
 }
 
 #[test]
+fn networks_are_checked() {
+    let net = |change: Value| {
+        let mut net = json!({"name": "eth0", "tap_fds": [3], "mac": "02:00:00:00:00:01"});
+        for (field, value) in change.as_object().unwrap() {
+            net[field] = value.clone();
+        }
+        json!([net])
+    };
+    let mut spec = base();
+    spec["nets"] =
+        net(json!({"mtu": 9000, "transmit_limit": {"frames": {"per_second": 9, "burst": 1}}}));
+    let spec = MachineSpec::from_json(spec.to_string().as_bytes()).unwrap();
+    assert_eq!(spec.validate(HOST).unwrap().slots(), 1);
+    let twice = json!([
+        net(json!({}))[0],
+        net(json!({"tap_fds": [4], "mac": "02:00:00:00:00:02"}))[0]
+    ]);
+    let same_mac = json!([
+        net(json!({}))[0],
+        net(json!({"tap_fds": [4], "name": "eth1"}))[0]
+    ]);
+    assert_faults([
+        (
+            "nets",
+            net(json!({"name": "a b"})),
+            "`nets[0].name` is \"a b\"",
+        ),
+        (
+            "nets",
+            net(json!({"name": "sixteen-bytes-xx"})),
+            "1 to 15 printable",
+        ),
+        (
+            "nets",
+            net(json!({"mac": "03:00:00:00:00:01"})),
+            "`nets[0].mac` is 03:",
+        ),
+        ("nets", net(json!({"mac": "x"})), "is not a MAC address"),
+        (
+            "nets",
+            net(json!({"mtu": 67})),
+            "`nets[0].mtu` is 67; it must be 68 to 65521",
+        ),
+        ("nets", net(json!({"tap_fds": []})), "has 0 descriptors"),
+        (
+            "nets",
+            net(json!({"tap_fds": [2]})),
+            "`nets[0].tap_fds[0]` is descriptor 2",
+        ),
+        (
+            "nets",
+            net(json!({"tap_fds": [3, 3]})),
+            "another field has already",
+        ),
+        (
+            "nets",
+            net(json!({"receive_limit": {"bytes": {"per_second": 0, "burst": 1}}})),
+            "has a 0",
+        ),
+        ("nets", twice, "`nets[1].name` is \"eth0\", which another"),
+        (
+            "nets",
+            same_mac,
+            "`nets[1].mac` is 02:00:00:00:00:01, which another",
+        ),
+    ]);
+}
+
+#[test]
 fn sizes_are_bounded() {
     assert_faults([
         ("colour", 1.into(), "unknown field `colour`"),

@@ -30,7 +30,6 @@
 
 pub mod connection;
 pub mod credit;
-pub mod deadlines;
 pub mod handshake;
 pub mod host;
 pub mod muxer;

@@ -539,6 +539,7 @@ impl QueueHandler for Muxer {
             token: POLL,
             readable: true,
             writable: false,
+            edge_triggered: false,
         }]
     }
 

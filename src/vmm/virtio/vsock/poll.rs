@@ -19,9 +19,9 @@ use std::time::{Duration, Instant};
 use rustix::event::epoll::{self, CreateFlags, Event, EventData, EventFlags};
 use rustix::time::Timespec;
 
-use super::deadlines::Deadlines;
 use super::host::Listener;
 use super::table::Id;
+use crate::vmm::virtio::deadlines::Deadlines;
 
 /// Socket events handled in one turn.
 const EVENTS: usize = 64;

@@ -1,0 +1,128 @@
+//! Network devices of a machine.
+#![forbid(unsafe_code)]
+
+use std::collections::HashSet;
+
+use cube_guest::network::MacAddress;
+use serde::{Deserialize, Serialize};
+
+use super::SpecError;
+use super::validate::fault;
+use crate::vmm::virtio::net::MAX_PAIRS;
+
+/// The smallest MTU (RFC 791: every link carries 68 bytes).
+const MIN_MTU: u16 = 68;
+/// The largest MTU: what an Ethernet header in front makes of it still fits 16 bits.
+const MAX_MTU: u16 = 65_521;
+/// Longest interface name, in bytes (Linux, `IFNAMSIZ` less the NUL).
+const MAX_NAME: usize = 15;
+
+/// One virtio-net device.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NetSpec {
+    /// What messages call it, such as `eth0`: 1 to 15 printable ASCII bytes.
+    pub name: String,
+    /// Queues of one tap interface, inherited and open; one queue pair each, at most 8. Opened with
+    /// `IFF_TAP`, `IFF_NO_PI`, `IFF_VNET_HDR` and a virtio header of 12 bytes.
+    pub tap_fds: Vec<i32>,
+    /// The guest's address. The guest finds the interface by it.
+    pub mac: MacAddress,
+    /// MTU in bytes.
+    #[serde(default = "default_mtu")]
+    pub mtu: u16,
+    /// Drop frames of the guest whose source address is not `mac`.
+    #[serde(default)]
+    pub check_source: bool,
+    /// Limit towards the guest.
+    #[serde(default, skip_serializing_if = "RateLimit::is_none")]
+    pub receive_limit: RateLimit,
+    /// Limit from the guest.
+    #[serde(default, skip_serializing_if = "RateLimit::is_none")]
+    pub transmit_limit: RateLimit,
+}
+
+/// How much may pass in one direction; absent: any amount.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RateLimit {
+    /// Bytes of Ethernet frames.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bytes: Option<Rate>,
+    /// Ethernet frames; one that is segmented later counts as its segments.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub frames: Option<Rate>,
+}
+
+impl RateLimit {
+    /// Whether there is no limit.
+    pub fn is_none(&self) -> bool {
+        self.bytes.is_none() && self.frames.is_none()
+    }
+}
+
+/// A token bucket.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Rate {
+    /// Tokens added per second, at least 1.
+    pub per_second: u64,
+    /// Tokens that it holds, at least 1.
+    pub burst: u64,
+}
+
+const fn default_mtu() -> u16 {
+    1500
+}
+
+/// Checks the network devices.
+pub(super) fn check_nets(nets: &[NetSpec]) -> Result<(), SpecError> {
+    let mut seen = (HashSet::new(), HashSet::new());
+    for (i, net) in nets.iter().enumerate() {
+        let field = |name: &str| format!("nets[{i}].{name}");
+        let name = &net.name;
+        let plain = name.bytes().all(|b| b.is_ascii_graphic() && b != b'/');
+        if name.is_empty() || name.len() > MAX_NAME || !plain {
+            let text = format!(
+                "is {name:?}; it must be 1 to {MAX_NAME} printable ASCII bytes without `/`"
+            );
+            return fault(field("name"), text);
+        }
+        if !seen.0.insert(name) {
+            return fault(
+                field("name"),
+                format!("is {name:?}, which another has already"),
+            );
+        }
+        if !net.mac.is_station() {
+            let text = format!("is {}; an interface's address names one station", net.mac);
+            return fault(field("mac"), text);
+        }
+        if !seen.1.insert(net.mac) {
+            let text = format!("is {}, which another interface has already", net.mac);
+            return fault(field("mac"), text);
+        }
+        if !(1..=MAX_PAIRS).contains(&net.tap_fds.len()) {
+            let count = net.tap_fds.len();
+            let text = format!("has {count} descriptors; an interface has 1 to {MAX_PAIRS} queues");
+            return fault(field("tap_fds"), text);
+        }
+        if !(MIN_MTU..=MAX_MTU).contains(&net.mtu) {
+            let text = format!("is {}; it must be {MIN_MTU} to {MAX_MTU}", net.mtu);
+            return fault(field("mtu"), text);
+        }
+        check_limit(&field("receive_limit"), net.receive_limit)?;
+        check_limit(&field("transmit_limit"), net.transmit_limit)?;
+    }
+    Ok(())
+}
+
+fn check_limit(field: &str, limit: RateLimit) -> Result<(), SpecError> {
+    for (name, rate) in [("bytes", limit.bytes), ("frames", limit.frames)] {
+        if rate.is_some_and(|rate| rate.per_second == 0 || rate.burst == 0) {
+            let text = "has a 0; `per_second` and `burst` are at least 1 (to cut a pod off, take its link down)";
+            return fault(format!("{field}.{name}"), text);
+        }
+    }
+    Ok(())
+}
