@@ -2,10 +2,11 @@
 //! mounted image inside a guest. Equal digests mean equal trees.
 //!
 //! ```text
-//! tree-digest layers IMAGE
+//! tree-digest layers IMAGE [PATH-TO-SKIP…]
 //! tree-digest directory DIR [PATH-TO-SKIP…]
 //! ```
-//! Built static (`-C target-feature=+crt-static` with an explicit target) it runs in any guest.
+//! Skipped paths are relative, and are left out with all below. Built static (`-C target-feature=+crt-static` with
+//! an explicit target) it runs in any guest, otherwise in one with the same C library.
 #![forbid(unsafe_code)]
 
 use std::os::unix::ffi::OsStringExt;
@@ -16,22 +17,26 @@ use cube::image::tree_digest::{self, Listing};
 
 fn main() -> ExitCode {
     let arguments: Vec<_> = std::env::args_os().skip(1).collect();
-    let listing = match &arguments[..] {
-        [kind, path] if kind == "layers" => {
-            tree_digest::of_layers(Path::new(path)).map_err(|error| error.to_string())
+    let [kind, path, skip @ ..] = &arguments[..] else {
+        return usage();
+    };
+    let skip: Vec<_> = skip.iter().map(|path| path.clone().into_vec()).collect();
+    let path = Path::new(path);
+    let listing = match kind.to_str() {
+        Some("layers") => tree_digest::of_layers(path)
+            .map(|listing| listing.without(&skip))
+            .map_err(|error| error.to_string()),
+        Some("directory") => {
+            tree_digest::of_directory(path, &skip).map_err(|error| error.to_string())
         }
-        [kind, path, skip @ ..] if kind == "directory" => {
-            let skip: Vec<_> = skip.iter().map(|path| path.clone().into_vec()).collect();
-            tree_digest::of_directory(Path::new(path), &skip).map_err(|error| error.to_string())
-        }
-        _ => {
-            eprintln!(
-                "usage: tree-digest layers IMAGE | tree-digest directory DIR [PATH-TO-SKIP…]"
-            );
-            return ExitCode::from(2);
-        }
+        _ => return usage(),
     };
     report(listing)
+}
+
+fn usage() -> ExitCode {
+    eprintln!("usage: tree-digest layers IMAGE|directory DIR [PATH-TO-SKIP…]");
+    ExitCode::from(2)
 }
 
 fn report(listing: Result<Listing, String>) -> ExitCode {

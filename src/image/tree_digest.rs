@@ -73,6 +73,18 @@ impl Listing {
         self.records.insert(path.to_vec(), (record, identity));
     }
 
+    /// The listing with the `paths` left out and all that is below them.
+    #[must_use]
+    pub fn without(mut self, paths: &[Vec<u8>]) -> Self {
+        let is_below = |path: &[u8], other: &[u8]| {
+            path.strip_prefix(other)
+                .is_some_and(|rest| rest.first().is_none_or(|byte| *byte == b'/'))
+        };
+        self.records
+            .retain(|path, _| !paths.iter().any(|other| is_below(path, other)));
+        self
+    }
+
     /// The digest.
     #[must_use]
     pub fn digest(&self) -> Digest {

@@ -27,6 +27,17 @@ pub(crate) fn given(variable: &str) -> PathBuf {
 
 /// Imports an image into the store of all tests, once, whichever process comes first.
 pub(crate) fn import(name: &str, variable: &str) -> PathBuf {
+    import_path(name, &given(variable))
+}
+
+/// The program `tree-digest` (examples/), which `cargo xtask test` builds with the tests.
+pub(crate) fn tree_digest() -> PathBuf {
+    let binaries = Path::new(env!("CARGO_BIN_EXE_cube")).parent().unwrap();
+    binaries.join("examples/tree-digest")
+}
+
+/// The same for the image at `path`.
+pub(crate) fn import_path(name: &str, path: &Path) -> PathBuf {
     assert!(
         std::env::var_os("CUBE_E2E").is_some(),
         "real guests run only by `cargo xtask test`, which finds or makes a machine that can run them"
@@ -39,7 +50,7 @@ pub(crate) fn import(name: &str, variable: &str) -> PathBuf {
     if !done.exists() {
         let import = Command::new(env!("CARGO_BIN_EXE_cube"))
             .arg("import")
-            .arg(given(variable))
+            .arg(path)
             .arg(name)
             .env("CUBE_STORE", &store)
             .output()

@@ -3,6 +3,8 @@
 //! `cargo xtask test` runs this where there is one, with `CUBE_E2E=1` and the paths that [`machine`] reads.
 //! A test is a few lines on the fixture; the fixture checks after every run that nothing was left behind.
 
+#[path = "../archive/mod.rs"]
+mod archive;
 mod fixture;
 
 mod ends;

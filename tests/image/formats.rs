@@ -10,8 +10,9 @@ use cube::image::tar::{EntryKind, Stream, TarReader};
 use cube::image::{Digest, tree_digest};
 use serde_json::json;
 
-use crate::layout::{self, Compression, Place, config, descriptor, pack, write_layout};
-use crate::tar_builder::{Entry, SparseFormat, header, seal, tar};
+use crate::archive::layout::{self, Compression, config, descriptor, pack, write_layout};
+use crate::archive::tar::{Entry, SparseFormat, header, seal, tar};
+use crate::place::Place;
 
 /// A file with holes at the start, in the middle and at the end, pieces not aligned to blocks.
 fn sparse_file(path: &std::path::Path) -> Vec<u8> {
@@ -264,4 +265,18 @@ fn one_of_several_images_is_chosen_by_tag() {
     let record = place.import(&place.path("layout:two")).unwrap();
     assert_eq!(record.names, ["layout:two"]);
     assert_eq!(place.open(&record).content("tag"), b"two");
+}
+
+/// `umoci insert` ends a layer with the last byte of its last file.
+#[test]
+fn a_layer_may_end_with_its_last_files_content() {
+    let place = Place::new();
+    let whole = tar(&[Entry::file("a", b"first"), Entry::file("b", vec![7; 700])]);
+    let end = 512 + 512 + 512 + 700;
+    for length in [end, end + 1, end + 323] {
+        let record = place.import_tars(&[whole[..length].to_vec()]).unwrap();
+        assert_eq!(place.open(&record).content("b"), vec![7; 700]);
+    }
+    let error = Place::new().refuse_tars(&[whole[..end - 1].to_vec()]);
+    assert!(error.ends_with("it ends inside entry `b`"), "{error}");
 }

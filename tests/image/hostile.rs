@@ -6,10 +6,11 @@ use std::path::Path;
 use cube::image::{Digest, tree_digest};
 use proptest::prelude::*;
 
-use crate::layout::{
-    Compression, Place, blob, compress, config, descriptor, write_layout, write_manifest,
+use crate::archive::layout::{
+    Compression, blob, compress, config, descriptor, write_layout, write_manifest,
 };
-use crate::tar_builder::{Entry, SparseFormat, tar};
+use crate::archive::tar::{Entry, SparseFormat, tar};
+use crate::place::Place;
 
 #[track_caller]
 fn refused(layers: &[&[Entry]], ending: &str) {

@@ -2,12 +2,14 @@
 //! `fsck.erofs` (package erofs-utils).
 #![forbid(unsafe_code)]
 
+#[path = "../archive/mod.rs"]
+mod archive;
+
 mod erofs_reader;
 mod formats;
 mod hostile;
-mod layout;
 mod merge;
+mod place;
 mod real;
 mod store;
-mod tar_builder;
 mod trees;

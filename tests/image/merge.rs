@@ -1,7 +1,7 @@
 //! How layers lie over one another.
 
-use crate::layout::Place;
-use crate::tar_builder::{Entry, tar};
+use crate::archive::tar::{Entry, tar};
+use crate::place::Place;
 
 #[test]
 fn an_upper_file_replaces_a_lower_one_and_a_directory_keeps_its_entries() {

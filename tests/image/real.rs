@@ -9,7 +9,8 @@ use std::process::Command;
 
 use cube::image::tree_digest;
 
-use crate::layout::{Compression, Place, write_layout};
+use crate::archive::layout::{Compression, write_layout};
+use crate::place::Place;
 
 /// Packages that every Debian has, with links, set-uid programs, and thousands of files.
 const PACKAGES: [&str; 10] = [
@@ -63,15 +64,9 @@ fn layer(place: &Place, paths: &BTreeSet<String>) -> Vec<u8> {
             "-cf",
         ])
         .arg(&archive);
-    assert!(
-        command
-            .arg("-T")
-            .arg(&list)
-            .output()
-            .unwrap()
-            .status
-            .success()
-    );
+    let output = command.arg("-T").arg(&list).output().unwrap();
+    // 1: a file changed meanwhile, as directories of a living machine do. The archive is whole.
+    assert!(matches!(output.status.code(), Some(0 | 1)), "{output:?}");
     fs::read(&archive).unwrap()
 }
 

@@ -7,8 +7,9 @@ use std::sync::Barrier;
 
 use cube::image::{ImageRecord, ImportProgress, NoProgress, Store, StoreError};
 
-use crate::layout::{Compression, Place, write_layout};
-use crate::tar_builder::{Entry, tar};
+use crate::archive::layout::{Compression, write_layout};
+use crate::archive::tar::{Entry, tar};
+use crate::place::Place;
 
 /// Counts the layers that are read.
 #[derive(Default)]

@@ -130,6 +130,7 @@ pub(crate) fn end_to_end_test() -> Result<PathBuf> {
     let mut build = cargo();
     build
         .args(["test", "--no-run", "--package", "cube", "--test", "e2e"])
+        .args(["--example", "tree-digest"])
         .arg("--message-format=json-render-diagnostics");
     let text = run::captured_loudly(&mut build)?;
     executable(&text)

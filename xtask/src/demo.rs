@@ -2,7 +2,7 @@
 #![forbid(unsafe_code)]
 
 use std::ffi::OsString;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Command, ExitCode};
 use std::time::Duration;
 
@@ -45,33 +45,59 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     let init = binaries::init(&mut steps)?;
     let cube = binaries::host(&mut steps, binaries::Profile::Release)?.join("cube");
     let layout = image::step(&mut steps, image::Name::Busybox)?;
-    let store = import(&mut steps, &cube, &layout)?;
-    let variables = [
-        ("CUBE_KERNEL", kernel.into_os_string()),
-        ("CUBE_INIT", init.into_os_string()),
-        ("CUBE_STORE", store.into_os_string()),
-    ];
-    let words = command_line(&cube, &options.command);
+    let store = Cache::of_user()?.root().join("demo-store");
+    steps.step("import", || {
+        Ok((import(&cube, &layout, &store)?, Outcome::Done))
+    })?;
     eprintln!("{}\n", test::place(direct));
-    match outer {
-        Some(outer) => in_testbed(&outer, &words, &variables),
-        None => directly(&words, &variables),
-    }
+    let parts = Parts {
+        cube: &cube,
+        kernel: &kernel,
+        init: &init,
+        store: &store,
+    };
+    show(&parts, outer.as_ref(), &options.command)
 }
 
-/// The step that brings the image into a store of the demo's own; gives the store.
-fn import(steps: &mut Steps, cube: &Path, layout: &Path) -> Result<PathBuf> {
-    steps.step("import", || {
-        let store = Cache::of_user()?.root().join("demo-store");
-        let mut import = Command::new(cube);
-        import
-            .arg("import")
-            .arg(layout)
-            .args(["--name", IMAGE])
-            .env("CUBE_STORE", &store);
-        run::captured(&mut import)?;
-        Ok((store, Outcome::Done))
-    })
+/// What the demo runs with.
+pub(crate) struct Parts<'a> {
+    /// The command.
+    pub(crate) cube: &'a Path,
+    /// The guest's kernel.
+    pub(crate) kernel: &'a Path,
+    /// The guest's init.
+    pub(crate) init: &'a Path,
+    /// A store with the demo's image ([`import`]).
+    pub(crate) store: &'a Path,
+}
+
+/// Brings the image at `layout` into `store` under the demo's name.
+pub(crate) fn import(cube: &Path, layout: &Path, store: &Path) -> Result<()> {
+    let mut import = Command::new(cube);
+    import
+        .arg("import")
+        .arg(layout)
+        .arg(IMAGE)
+        .env("CUBE_STORE", store);
+    run::captured(&mut import).map(drop)
+}
+
+/// Runs `command`, or the demo's own script, in a container; gives the container's exit status.
+pub(crate) fn show(
+    parts: &Parts<'_>,
+    outer: Option<&Outer>,
+    command: &[OsString],
+) -> Result<ExitCode> {
+    let words = command_line(parts.cube, command);
+    let variables = [
+        ("CUBE_KERNEL", parts.kernel.into()),
+        ("CUBE_INIT", parts.init.into()),
+        ("CUBE_STORE", parts.store.into()),
+    ];
+    match outer {
+        Some(outer) => in_testbed(outer, &words, &variables),
+        None => directly(&words, &variables),
+    }
 }
 
 fn command_line(cube: &Path, command: &[OsString]) -> Vec<OsString> {

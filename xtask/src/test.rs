@@ -15,7 +15,7 @@ use clap::Args;
 use crate::error::{Doing, Error, Result};
 use crate::steps::{Outcome, Steps, human};
 use crate::testbed::{self, DIED, Job, Limits, Outer, TIMED_OUT};
-use crate::{binaries, doctor, image, kernel, run, setup};
+use crate::{binaries, demo, doctor, image, kernel, run, setup};
 
 use count::{Counted, Counts};
 
@@ -41,6 +41,7 @@ pub(crate) struct Options {
 
 /// What guests are made of; the end-to-end tests find it in their environment.
 struct Parts {
+    cube: PathBuf,
     kernel: PathBuf,
     init: PathBuf,
     image: PathBuf,
@@ -55,7 +56,7 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     let guests = if options.native {
         0
     } else {
-        6 + usize::from(!direct)
+        6 + usize::from(!direct) + usize::from(options.filter.is_none())
     };
     let mut steps = Steps::new(2 + checks + guests);
     setup::install(&mut steps)?;
@@ -74,8 +75,12 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
             eprintln!("{}", place(direct));
             end_to_end(&parts, filter).map(noted)
         })?;
+        if options.filter.is_none() {
+            steps.step("demo", || Ok((demo(&parts)?, Outcome::Done)))?;
+        }
     }
-    println!("total: {total} in {}", human(steps.elapsed()));
+    println!("all steps took {}", human(steps.elapsed()));
+    println!("total: {total}");
     Ok(if total.good() {
         ExitCode::SUCCESS
     } else {
@@ -106,10 +111,11 @@ impl Parts {
             Some(testbed::step(steps)?)
         };
         let init = binaries::init(steps)?;
-        binaries::host(steps, binaries::Profile::Dev)?;
+        let cube = binaries::host(steps, binaries::Profile::Dev)?.join("cube");
         let image = image::step(steps, image::Name::Busybox)?;
         let large_image = image::step(steps, image::Name::DebianTest)?;
         Ok(Self {
+            cube,
             kernel,
             init,
             image,
@@ -193,6 +199,24 @@ fn end_to_end(parts: &Parts, filter: Option<&str>) -> Result<Counts> {
     match &parts.outer {
         Some(outer) => in_testbed(outer, parts, &words),
         None => directly(parts, &words),
+    }
+}
+
+/// What `cargo xtask demo` shows, with the binaries just tested.
+fn demo(parts: &Parts) -> Result<()> {
+    let store = tempfile::tempdir().doing("create a directory in", &std::env::temp_dir())?;
+    demo::import(&parts.cube, &parts.image, store.path())?;
+    let shown = demo::Parts {
+        cube: &parts.cube,
+        kernel: &parts.kernel,
+        init: &parts.init,
+        store: store.path(),
+    };
+    match demo::show(&shown, parts.outer.as_ref(), &[])? {
+        ExitCode::SUCCESS => Ok(()),
+        status => Err(Error::Said(format!(
+            "the demo's container failed: {status:?}"
+        ))),
     }
 }
 

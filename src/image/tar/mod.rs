@@ -198,9 +198,10 @@ impl<R: TarInput> TarReader<R> {
     /// # Errors
     /// [`TarError`]; the archive cannot be read further.
     pub fn next_entry(&mut self) -> Result<Option<TarEntry>, TarError> {
-        let rest = self.remaining.saturating_add(self.padding);
+        let rest = std::mem::take(&mut self.remaining);
         self.skip(rest)?;
-        (self.remaining, self.padding, self.current) = (0, 0, None);
+        self.skip_padding()?;
+        self.current = None;
         let mut extensions: Option<Extensions> = None;
         loop {
             let Some(header) = self.next_header()? else {
@@ -369,6 +370,19 @@ impl<R: TarInput> TarReader<R> {
             self.offset = self.offset.saturating_add(count);
         }
         Ok(())
+    }
+
+    /// Passes over the zeros behind an entry's content. At the archive's end they may be missing, as the
+    /// end marker may: umoci writes such layers, and containerd takes them. The content is whole then.
+    fn skip_padding(&mut self) -> Result<(), TarError> {
+        let padding = std::mem::take(&mut self.padding);
+        match self.skip(padding) {
+            Err(TarError::Truncated { .. }) => {
+                self.ended = true;
+                Ok(())
+            }
+            skipped => skipped,
+        }
     }
 
     /// Reads a block; false at a clean end of the input.

@@ -21,7 +21,8 @@ impl Counts {
     pub(super) fn of_line(line: &str) -> Self {
         let line = without_colour(line);
         let text = line.trim_start();
-        if !text.starts_with("test result: ") && !text.starts_with("Summary [") {
+        // nextest indents what a failed test printed, libtest's own summary in it.
+        if !line.starts_with("test result: ") && !text.starts_with("Summary [") {
             return Self::default();
         }
         // nextest: a test that timed out or did not start is a failed one.
@@ -139,6 +140,10 @@ mod tests {
             (
                 "test result: FAILED. 5 passed; 4 failed; 0 ignored",
                 counts(5, 4),
+            ),
+            (
+                "    test result: FAILED. 0 passed; 1 failed; 0 ignored",
+                counts(0, 0),
             ),
             ("test ends::seven_passed ... ok", counts(0, 0)),
             ("3 passed", counts(0, 0)),

@@ -12,7 +12,7 @@
 use std::ffi::CString;
 use std::os::fd::OwnedFd;
 
-use rustix::fs::{CWD, FileType, Gid, Mode, OFlags, Uid};
+use rustix::fs::{AtFlags, CWD, FileType, Gid, Mode, OFlags, Timespec, Timestamps, Uid};
 use rustix::io::Errno;
 use rustix::mount::{MountFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags};
 
@@ -119,7 +119,7 @@ fn mount_overlay(layers: &Layers) -> Result<(), Error> {
     mount("overlay", ROOT, MountFlags::NODEV, &options)
 }
 
-/// A new upper directory takes the mode and owner of the image's root: overlayfs shows the upper one's.
+/// A new upper directory takes mode, owner and times of the image's root: overlayfs shows the upper one's.
 fn make_upper(image: &str, upper: &str) -> Result<(), Error> {
     let make = || {
         match rustix::fs::mkdir(upper, Mode::RWXU) {
@@ -130,7 +130,16 @@ fn make_upper(image: &str, upper: &str) -> Result<(), Error> {
         let root = rustix::fs::stat(image)?;
         let owner = (Uid::from_raw(root.st_uid), Gid::from_raw(root.st_gid));
         rustix::fs::chown(upper, Some(owner.0), Some(owner.1))?;
-        rustix::fs::chmod(upper, Mode::from_raw_mode(root.st_mode))
+        rustix::fs::chmod(upper, Mode::from_raw_mode(root.st_mode))?;
+        let time = |seconds, nanoseconds: u64| Timespec {
+            tv_sec: seconds,
+            tv_nsec: nanoseconds as i64,
+        };
+        let times = Timestamps {
+            last_access: time(root.st_atime, root.st_atime_nsec),
+            last_modification: time(root.st_mtime, root.st_mtime_nsec),
+        };
+        rustix::fs::utimensat(CWD, upper, &times, AtFlags::empty())
     };
     make().context(|| format!("make the upper directory {upper}"))
 }

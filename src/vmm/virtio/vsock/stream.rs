@@ -27,6 +27,7 @@ use std::os::unix::net::UnixStream;
 use std::time::Instant;
 
 use rustix::event::epoll::EventFlags;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::SendFlags;
 
 use super::connection::{Connection, Phase};
@@ -289,6 +290,11 @@ impl Stream {
         match result {
             Ok(0) => {
                 self.readable = false;
+                // One SHUTDOWN tells of both sides: a host that closed is often seen at its end before
+                // epoll says that it hung up.
+                if has_hung_up(socket) {
+                    self.connection.hung_up();
+                }
                 self.connection.source_ended();
                 Ok(0)
             }
@@ -322,6 +328,14 @@ impl Stream {
     pub fn is_over(&self) -> bool {
         self.connection.phase() == Phase::Ended && self.pending.is_empty()
     }
+}
+
+/// Whether both sides of the socket are shut.
+fn has_hung_up(socket: &UnixStream) -> bool {
+    let mut fds = [PollFd::new(socket, PollFlags::empty())];
+    let polled = poll(&mut fds, Some(&Timespec::default()));
+    let [fd] = fds;
+    polled.is_ok() && fd.revents().contains(PollFlags::HUP)
 }
 
 fn header_len() -> u32 {
