@@ -18,7 +18,10 @@
 //! when both the event and every output's end of file are there.
 //!
 //! Further streams carry an exec's standard streams, a file set, a file, a forwarded port: always dialled by
-//! the guest, always named by a token that came with the host's request.
+//! the guest, always named by a token that came with the host's request. A request that is answered by an
+//! error dials nothing, [`HostRequest::WriteFiles`] excepted, whose stream the guest closes when it refuses
+//! the set. Replies come in the order in which things are done, not asked: what may wait for a disk, a
+//! server or a process is answered when it is done, and the agent serves others meanwhile.
 //!
 //! # The end
 //! When the pod is done the guest waits for the host to close every stream, shuts down its sending side of

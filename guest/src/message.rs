@@ -26,12 +26,12 @@ pub enum HostRequest {
         /// Number of the slot, from 0 in the order of the kernel's command line.
         slot: u16,
     },
-    /// Let go of the device in a slot: its disk is not in use any more.
+    /// Let go of the device in a slot. Refused while a container or a volume uses its disk.
     UnbindSlot {
         /// Number of the slot.
         slot: u16,
     },
-    /// Make a volume, for containers that are started later.
+    /// Make a volume, for containers that are started later. Answered when it is mounted.
     AddVolume(VolumeSpec),
     /// Unmount a volume that no container uses.
     RemoveVolume {
@@ -39,14 +39,16 @@ pub enum HostRequest {
         volume: String,
     },
     /// Replace the content of a volume of [`VolumeSource::Files`], atomically. The guest dials the stream
-    /// `token`, which carries one [`FileSet`](crate::files::FileSet).
+    /// `token`, which carries one [`FileSet`](crate::files::FileSet), and answers when the new content is
+    /// there. One write of a volume at a time.
     WriteFiles {
         /// The volume's name.
         volume: String,
         /// The stream.
         token: u64,
     },
-    /// Send a file of a container's file system through the stream `token`; the answer comes first.
+    /// Send a file of a container's file system through the stream `token`; the answer comes first. The
+    /// container may have ended, but not been removed: a file that shrinks meanwhile ends early.
     ReadFile {
         /// The container's id.
         container: String,
@@ -57,9 +59,11 @@ pub enum HostRequest {
         /// The stream.
         token: u64,
     },
-    /// Start a container.
+    /// Start a container. Refused if the specification makes no sense; whatever else is in the way is reported
+    /// as [`GuestEvent::Exited`].
     Start(Box<ContainerSpec>),
-    /// Run a further process in a running container.
+    /// Run a further process in a running container, one that is not paused. Whatever else is in the way is
+    /// reported as [`GuestEvent::ExecExited`].
     Exec {
         /// The container's id.
         container: String,
@@ -74,7 +78,7 @@ pub enum HostRequest {
         process: ProcessId,
         /// Signal number, 1 to 64.
         signal: u8,
-        /// Send it to every process of the container's cgroup.
+        /// Send it to every process of the container's cgroup. Not for an exec, which has none of its own.
         #[serde(default)]
         all: bool,
     },
@@ -92,22 +96,24 @@ pub enum HostRequest {
         /// The limits.
         resources: Resources,
     },
-    /// Freeze a container's processes.
+    /// Freeze a container's processes. Answered when all are frozen.
     Pause {
         /// The container's id.
         container: String,
     },
-    /// Thaw them.
+    /// Thaw them. Answered when that is done; a pause that was not done yet is answered by an error.
     Resume {
         /// The container's id.
         container: String,
     },
-    /// Forget a container that has ended: its cgroup goes and its disks are unmounted.
+    /// Forget a container that has ended: its cgroup goes and its disks are unmounted. Answered when they can
+    /// be taken away.
     Remove {
         /// The container's id.
         container: String,
     },
-    /// Connect the stream `token` to a TCP port of the pod's loopback.
+    /// Connect the stream `token` to a TCP port of the pod's loopback; answered when it is connected, and
+    /// dialled then.
     Forward {
         /// The port.
         port: u16,

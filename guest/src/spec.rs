@@ -88,7 +88,8 @@ pub enum MountSource {
     Volume {
         /// The volume's name.
         volume: String,
-        /// Relative path in the volume, without `..`; a directory is made if absent. Empty: all of it.
+        /// Relative path in the volume, without `..`; a directory is made if absent, with the mode of the
+        /// volume's root. Symbolic links in it must stay in the volume. Empty: all of it.
         #[serde(default)]
         sub_path: String,
     },
@@ -134,7 +135,7 @@ fn owner_and_group() -> u32 {
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct SecuritySpec {
-    /// Every capability, every device, nothing masked, no filter.
+    /// Every capability, every device, nothing masked, no filter, `/sys` writable.
     #[serde(default)]
     pub privileged: bool,
     /// Paths hidden; absent: the usual ones.
@@ -148,16 +149,18 @@ pub struct SecuritySpec {
     pub seccomp: Seccomp,
 }
 
-/// A system call filter.
+/// A system call filter. Besides it, every container that is not privileged has the guard that keeps vsock,
+/// and so the agent's voice, from it: EPERM for `socket(AF_VSOCK)` and `io_uring_setup`.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Seccomp {
-    /// `cube-init`'s own default.
+    /// `cube-init`'s own default: the guard alone.
     #[default]
     Default,
-    /// None.
+    /// None but the guard.
     Unconfined,
-    /// Classic BPF programs, installed in order; each instruction is a `struct sock_filter` (linux/filter.h)
+    /// Classic BPF programs, installed in order after the guard. They must allow `capset` and `prctl`, or
+    /// the process `no_new_privileges`. Each instruction is a `struct sock_filter` (linux/filter.h)
     /// as a little-endian `u64`.
     Programs(Vec<Vec<u64>>),
 }
@@ -188,6 +191,10 @@ pub enum VolumeSource {
         serial: String,
         /// `ext4` or `erofs`.
         file_system: String,
+        /// Permission bits that its root directory gets; absent: those it has. For an emptyDir, which everybody
+        /// may write.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        root_mode: Option<u32>,
         /// Mount it read-only.
         #[serde(default)]
         read_only: bool,
@@ -196,7 +203,7 @@ pub enum VolumeSource {
     Files,
     /// A directory of an NFS server, reached through the pod's network.
     Nfs {
-        /// Host name or address.
+        /// IPv4 or IPv6 address: the guest resolves no names.
         server: String,
         /// Absolute path on it.
         path: String,

@@ -6,10 +6,15 @@
 #[path = "../archive/mod.rs"]
 mod archive;
 mod fixture;
+mod guest;
 
 mod ends;
 mod environment;
+mod execs;
 mod faults;
 mod images;
+mod pods;
+mod runtime;
 mod streams;
 mod terminals;
+mod volumes;

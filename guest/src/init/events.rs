@@ -6,7 +6,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::event::epoll::{self, EventData, EventFlags};
 use rustix::io::{Errno, Result};
 
-/// Who an event is for.
+/// Who an event is for. Numbers are places in the agent's tables.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Source {
     /// A child ended.
@@ -15,10 +15,20 @@ pub(crate) enum Source {
     Grace,
     /// The control connection.
     Control,
-    /// A starting container's report, by the container's index.
+    /// A starting container's report.
     Report(u32),
-    /// One end of a stream, by the stream's index.
+    /// A starting exec's report.
+    ExecReport(u32),
+    /// One end of a stream.
     Stream(u32),
+    /// `memory.events` of a container's cgroup.
+    Memory(u32),
+    /// `cgroup.events` of a container's cgroup.
+    Cgroup(u32),
+    /// A job's report.
+    Job(u32),
+    /// A connection to a port of the pod.
+    Forward(u32),
 }
 
 impl Source {
@@ -29,6 +39,11 @@ impl Source {
             Self::Control => (2, 0),
             Self::Report(index) => (3, index),
             Self::Stream(index) => (4, index),
+            Self::ExecReport(index) => (5, index),
+            Self::Memory(index) => (6, index),
+            Self::Cgroup(index) => (7, index),
+            Self::Job(index) => (8, index),
+            Self::Forward(index) => (9, index),
         };
         kind << 32 | u64::from(index)
     }
@@ -41,6 +56,11 @@ impl Source {
             2 => Some(Self::Control),
             3 => Some(Self::Report(index)),
             4 => Some(Self::Stream(index)),
+            5 => Some(Self::ExecReport(index)),
+            6 => Some(Self::Memory(index)),
+            7 => Some(Self::Cgroup(index)),
+            8 => Some(Self::Job(index)),
+            9 => Some(Self::Forward(index)),
             _ => None,
         }
     }
@@ -107,8 +127,14 @@ impl Watched {
 
     /// Stops watching and closes. Closing alone is not enough: a child that was just forked has a copy
     /// until it executes its program, and the entry would live as long as the copy.
-    pub(crate) fn close(mut self, poller: &Poller) {
+    pub(crate) fn close(self, poller: &Poller) {
+        drop(self.release(poller));
+    }
+
+    /// Stops watching and gives the descriptor back.
+    pub(crate) fn release(mut self, poller: &Poller) -> OwnedFd {
         let _ = self.watch(poller, None);
+        self.fd
     }
 }
 
@@ -131,6 +157,11 @@ mod tests {
             Source::Report(0),
             Source::Report(u32::MAX),
             Source::Stream(7),
+            Source::ExecReport(1),
+            Source::Memory(2),
+            Source::Cgroup(3),
+            Source::Job(4),
+            Source::Forward(5),
         ] {
             assert_eq!(Source::decode(source.encode()), Some(source));
         }

@@ -30,10 +30,17 @@ mod control;
 mod disks;
 mod error;
 mod events;
+mod forward;
+mod job;
+mod measure;
 mod port;
+mod read_file;
+mod slots;
 mod stdio;
 mod stream;
 mod sys;
+mod table;
+mod volumes;
 
 use port::Port;
 

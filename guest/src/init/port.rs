@@ -1,7 +1,7 @@
 //! The I/O port that tells the VMM how far the boot is, and when the pod is done.
 #![forbid(unsafe_code)]
 
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use cube_guest::{MARK_PORT, Mark};
 use rustix::fs::{CWD, FileType, Mode, OFlags};
@@ -32,6 +32,11 @@ impl Port {
             rustix::io::fcntl_dupfd_cloexec(port?, 3)
         };
         Self(open().ok())
+    }
+
+    /// Its descriptor, for a child that marks.
+    pub(crate) fn descriptor(&self) -> Option<BorrowedFd<'_>> {
+        self.0.as_ref().map(AsFd::as_fd)
     }
 
     /// Tells the VMM. A machine without the port ignores it.

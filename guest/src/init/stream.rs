@@ -1,4 +1,4 @@
-//! One stdio stream: bytes between a vsock connection and a container's pipe or terminal.
+//! One stream: bytes between a vsock connection and a pipe, a terminal or a socket in the pod.
 //!
 //! ```text
 //!  Connecting ──▶ open ───────────────────────────────────────────────▶ done
@@ -36,6 +36,15 @@ pub(crate) enum End {
     Input(OwnedFd),
     /// The master of its terminal, non-blocking, twice: each direction is watched by itself.
     Terminal(OwnedFd, OwnedFd),
+    /// A connected, non-blocking socket, twice.
+    Socket(OwnedFd, OwnedFd),
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Pipe,
+    Terminal,
+    Socket,
 }
 
 /// A stream from its token to its end.
@@ -50,7 +59,7 @@ pub(crate) struct Stream {
     /// Read and not yet written. The token is the first thing the host gets.
     to_host: Pending,
     to_child: Pending,
-    is_terminal: bool,
+    kind: Kind,
     has_output: bool,
     /// The host was told of the source's end.
     told_end: bool,
@@ -79,15 +88,18 @@ impl Stream {
     /// A stream over `socket`, which is connecting; `source` is what its events are called.
     pub(crate) fn new(socket: OwnedFd, token: u64, end: End, source: Source) -> Self {
         let watched = |fd| Some(Watched::new(fd, source));
-        let (is_terminal, has_output) = match end {
-            End::Output(_) => (false, true),
-            End::Input(_) => (false, false),
-            End::Terminal(..) => (true, true),
+        let (kind, has_output) = match end {
+            End::Output(_) => (Kind::Pipe, true),
+            End::Input(_) => (Kind::Pipe, false),
+            End::Terminal(..) => (Kind::Terminal, true),
+            End::Socket(..) => (Kind::Socket, true),
         };
         let (output, input) = match end {
             End::Output(output) => (watched(output), None),
             End::Input(input) => (None, watched(input)),
-            End::Terminal(output, input) => (watched(output), watched(input)),
+            End::Terminal(output, input) | End::Socket(output, input) => {
+                (watched(output), watched(input))
+            }
         };
         Self {
             socket: Watched::new(socket, source),
@@ -99,7 +111,7 @@ impl Stream {
                 written: 0,
             },
             to_child: Pending::default(),
-            is_terminal,
+            kind,
             has_output,
             told_end: false,
             host_ended: false,
@@ -137,7 +149,7 @@ impl Stream {
     /// Changes the terminal's size.
     pub(crate) fn resize(&self, size: TerminalSize) -> Result<()> {
         match &self.source {
-            Some(terminal) if self.is_terminal => {
+            Some(terminal) if self.kind == Kind::Terminal => {
                 rustix::termios::tcsetwinsize(terminal, winsize(size))
             }
             _ => Err(Errno::NOTTY),
@@ -162,7 +174,7 @@ impl Stream {
                 Ok(0) | Err(_) => {}
             }
             close(&mut self.source, poller);
-            if self.is_terminal {
+            if self.kind == Kind::Terminal {
                 close(&mut self.sink, poller);
             }
         }
@@ -201,7 +213,12 @@ impl Stream {
             close(&mut self.sink, poller);
         }
         // A terminal stays open when the host has nothing more to type.
-        if self.host_ended && self.to_child.is_empty() && !self.is_terminal {
+        if self.host_ended && self.to_child.is_empty() && self.kind != Kind::Terminal {
+            if self.kind == Kind::Socket
+                && let Some(sink) = &self.sink
+            {
+                let _ = rustix::net::shutdown(sink, Shutdown::Write);
+            }
             close(&mut self.sink, poller);
         }
         match self.has_output {
@@ -227,7 +244,7 @@ impl Stream {
         if let Some(sink) = &mut self.sink {
             // A pipe with no flags reports that its reader is gone. A terminal reports that at its source.
             let waiting = !self.to_child.is_empty();
-            let idle = when(!self.is_terminal, EventFlags::empty());
+            let idle = when(self.kind != Kind::Terminal, EventFlags::empty());
             sink.watch(poller, if waiting { Some(EventFlags::OUT) } else { idle })?;
         }
         Ok(())

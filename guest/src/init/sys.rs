@@ -28,14 +28,26 @@ fn check(returned: libc::c_long) -> Result<libc::c_long> {
     Ok(returned)
 }
 
-/// Forks into new mount, PID, UTS and IPC namespaces and into the cgroup whose directory is `cgroup`.
-/// Returns `None` in the child.
-pub(crate) fn fork_container(cgroup: BorrowedFd<'_>) -> Result<Option<Pid>> {
-    const FLAGS: libc::c_int =
-        libc::CLONE_NEWNS | libc::CLONE_NEWPID | libc::CLONE_NEWUTS | libc::CLONE_NEWIPC;
+/// Namespaces that a forked process starts with.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct NewNamespaces {
+    pub(crate) mount: bool,
+    pub(crate) pid: bool,
+}
+
+/// Forks into new namespaces and, if one is given, into the cgroup whose directory is `cgroup`. Returns
+/// `None` in the child.
+pub(crate) fn fork(
+    namespaces: NewNamespaces,
+    cgroup: Option<BorrowedFd<'_>>,
+) -> Result<Option<Pid>> {
     const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
+    let flag = |wanted: bool, flag: u64| if wanted { flag } else { 0 };
+    let flags = flag(namespaces.mount, libc::CLONE_NEWNS as u64)
+        | flag(namespaces.pid, libc::CLONE_NEWPID as u64)
+        | flag(cgroup.is_some(), CLONE_INTO_CGROUP);
     let arguments = libc::clone_args {
-        flags: FLAGS as u64 | CLONE_INTO_CGROUP,
+        flags,
         pidfd: 0,
         child_tid: 0,
         parent_tid: 0,
@@ -45,7 +57,7 @@ pub(crate) fn fork_container(cgroup: BorrowedFd<'_>) -> Result<Option<Pid>> {
         tls: 0,
         set_tid: 0,
         set_tid_size: 0,
-        cgroup: cgroup.as_raw_fd() as u64,
+        cgroup: cgroup.map_or(0, |cgroup| cgroup.as_raw_fd() as u64),
     };
     // SAFETY: without CLONE_VM and a stack this is fork(2). This process has one thread, so the child's
     // copy of every lock is free and it may run any code.
@@ -57,6 +69,52 @@ pub(crate) fn fork_container(cgroup: BorrowedFd<'_>) -> Result<Option<Pid>> {
         )
     })?;
     Ok(Pid::from_raw(pid as i32))
+}
+
+/// In a child that was just forked: closes every descriptor from 3 on but those in `kept`. What it would
+/// keep of the agent's would keep pipes open that the agent closes.
+pub(crate) fn close_all_but(kept: &[BorrowedFd<'_>]) -> Result<()> {
+    let mut kept: Vec<libc::c_uint> = kept.iter().map(|fd| fd.as_raw_fd() as _).collect();
+    kept.sort_unstable();
+    let mut from = 3;
+    for end in kept.into_iter().chain([libc::c_uint::MAX]) {
+        if from < end {
+            // SAFETY: the owners of what is closed are the agent's, in this process's copy of its memory;
+            // the child ends by execve or exit and never touches or drops them.
+            check(unsafe { libc::syscall(libc::SYS_close_range, from, end - 1, 0) })?;
+        }
+        from = end.saturating_add(1).max(from);
+    }
+    Ok(())
+}
+
+/// Has the kernel reap this process's children, and never asks about one.
+pub(crate) fn ignore_children() {
+    // SAFETY: SIG_IGN is no handler, so no code runs on a signal.
+    unsafe { libc::signal(libc::SIGCHLD, libc::SIG_IGN) };
+}
+
+/// Makes the mount that `mount` is the root of read-only, attached or not.
+pub(crate) fn make_mount_read_only(mount: BorrowedFd<'_>) -> Result<()> {
+    let attributes = libc::mount_attr {
+        attr_set: libc::MOUNT_ATTR_RDONLY,
+        attr_clr: 0,
+        propagation: 0,
+        userns_fd: 0,
+    };
+    // SAFETY: the path is a NUL-terminated string and `attributes` one whole mount_attr; both outlive the
+    // call.
+    let returned = unsafe {
+        libc::syscall(
+            libc::SYS_mount_setattr,
+            mount.as_raw_fd(),
+            c"".as_ptr(),
+            libc::AT_EMPTY_PATH,
+            &raw const attributes,
+            size_of_val(&attributes),
+        )
+    };
+    check(returned).map(drop)
 }
 
 /// Gives the calling process a cgroup namespace rooted at its cgroup. (Asked of clone3, the namespace

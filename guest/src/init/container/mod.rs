@@ -1,50 +1,62 @@
-//! One container: how the agent starts it, and what it knows of it until it has ended.
+//! One container: how the agent starts it, and what it knows of it until it is removed.
 //!
 //! ```text
 //! agent                                        child (PID 1 of the container's namespaces)
-//! disks, cgroup, streams
+//! disks, volumes, cgroup, streams
 //! clone3 ───────────────────────────────────▶ root, mounts, streams, user, filter, capabilities
-//! Starting ◀── report pipe: READY ───────────┤
-//! Running  ◀── report pipe: end of file ─────┤ execve
-//!     or   ◀── report pipe: why not ─────────┘
-//! Ended    ◀── SIGCHLD
+//! Live  ◀── report pipe ─────────────────────┤ execve
+//! Ended ◀── SIGCHLD
+//!   └── its cgroup and its mount namespace stay until it is removed
 //! ```
+//! The UTS, IPC and network namespaces are the agent's: they are the pod's.
 #![forbid(unsafe_code)]
 
 mod capabilities;
 pub(crate) mod cgroup;
+mod child;
 mod environment;
+pub(crate) mod exec;
+mod limits;
+mod mounts;
 mod path;
+pub(crate) mod pid_namespace;
 mod process;
-mod rootfs;
+pub(crate) mod rootfs;
 pub(crate) mod seccomp;
 mod user;
 
+use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
 
-use cube_guest::{ContainerSpec, ExitStatus};
-use rustix::event::epoll::EventFlags;
-use rustix::io::Errno;
+use cube_guest::{ContainerSpec, ExitStatus, MountSource, PidNamespace, ProcessSpec, SecuritySpec};
+use rustix::mount::UnmountFlags;
 use rustix::pipe::PipeFlags;
 use rustix::process::{Pid, Signal, WaitStatus};
 
-use crate::disks::Disks;
-use crate::error::{Context, Error};
-use crate::events::{Poller, Source, Watched};
+use crate::disks::{self, Disks, Use};
+use crate::error::{Context, Error, log_error};
+use crate::events::{Poller, Source};
 use crate::port::Port;
-use crate::stdio::Streams;
-use crate::sys;
-use cgroup::Cgroup;
-use process::{Plan, Report};
-use rootfs::Layers;
+use crate::stdio::{Streams, make_devpts};
+use crate::volumes::Volumes;
+use cgroup::{Awaited, Cgroup};
+use child::Child;
+use mounts::{Device, Wanted};
+use pid_namespace::{PidNamespaces, Where};
+use process::{Place, Plan};
+use rootfs::{Layers, Root};
 
 /// Longest container id, in bytes: its cgroup's name fits a file name.
 const MAX_ID: usize = 200;
+/// Where mount namespaces are held. A mount, so that no fork of the agent holds them by a descriptor.
+pub(crate) const NAMESPACES: &str = "/run/namespace";
 
-/// What starting a container needs of the pod.
+/// What starting a process needs of the pod.
 pub(crate) struct Pod<'a> {
     pub(crate) disks: &'a mut Disks,
+    pub(crate) volumes: &'a mut Volumes,
     pub(crate) streams: &'a mut Streams,
+    pub(crate) namespaces: &'a mut PidNamespaces,
     pub(crate) poller: &'a Poller,
     pub(crate) port: &'a Port,
 }
@@ -53,29 +65,32 @@ pub(crate) struct Pod<'a> {
 #[derive(Debug)]
 pub(crate) struct Container {
     pub(crate) id: String,
-    /// Index of its terminal's stream.
-    pub(crate) terminal: Option<u32>,
-    state: State,
+    /// The pod ends with the last of these.
+    pub(crate) is_essential: bool,
+    /// It was asked to be frozen.
+    pub(crate) is_paused: bool,
+    /// A request waits for its cgroup.
+    pub(crate) awaited: Option<(Awaited, u64)>,
+    /// It is being removed.
+    pub(crate) is_leaving: bool,
+    /// Its first process; absent: it ended or never was.
+    first: Option<Child>,
+    /// Absent: it could not be started.
+    made: Option<Made>,
 }
 
+/// What a container has from its start until it is removed.
 #[derive(Debug)]
-enum State {
-    /// Its process exists and has not executed its program yet.
-    Starting {
-        process: Process,
-        report: Watched,
-        received: Vec<u8>,
-    },
-    /// Its program was executed.
-    Running(Process),
-    /// It was reported as ended.
-    Ended,
-}
-
-#[derive(Debug)]
-struct Process {
-    pid: Pid,
-    cgroup: Cgroup,
+pub(crate) struct Made {
+    pub(crate) cgroup: Cgroup,
+    /// Where its mount namespace is held.
+    pub(crate) namespace: String,
+    /// Where its writable disk is mounted.
+    pub(crate) writable: Option<String>,
+    security: SecuritySpec,
+    pid_namespace: PidNamespace,
+    oom_score_adj: Option<i16>,
+    devpts: OwnedFd,
 }
 
 impl Container {
@@ -85,142 +100,199 @@ impl Container {
     /// Its streams are dialled in any case, so that the host sees their end.
     ///
     /// # Errors
-    /// What the agent's half of the start ran into; the child's half is in the report.
+    /// What the agent's half of the start ran into; the child's half is in the report. What it took of
+    /// disks and volumes is [`user`]'s to release.
     pub(crate) fn start(
         spec: &ContainerSpec,
         index: u32,
         is_first: bool,
         pod: &mut Pod<'_>,
     ) -> Result<Self, Error> {
-        let (stdio, terminal) = pod.streams.open(&spec.process.stdio, pod.poller)?;
-        let layers = layers(spec, pod.disks)?;
-        let cgroup = Cgroup::create(&spec.id, &spec.resources)?;
-        let (report, reporter) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC)
-            .context(|| "make a container's report pipe".into())?;
-        let plan = Plan {
-            spec,
-            layers,
-            stdio,
-            report: reporter,
-            port: is_first.then_some(pod.port),
+        let devpts = make_devpts()?;
+        let stdio = &spec.process.stdio;
+        let (stdio, terminal) = pod.streams.open(stdio, devpts.as_fd(), pod.poller)?;
+        let kept = devpts.try_clone().context(|| "copy a descriptor".into())?;
+        let root = root(spec, devpts, terminal.is_some(), pod)?;
+        let made = Made {
+            cgroup: Cgroup::create(&spec.id, &spec.resources, index, pod.poller)?,
+            namespace: format!("{NAMESPACES}/{index}"),
+            writable: root.layers.writable.clone(),
+            security: spec.security.clone(),
+            pid_namespace: spec.pid_namespace,
+            oom_score_adj: spec.process.oom_score_adj,
+            devpts: kept,
         };
-        let pid = match sys::fork_container(cgroup.directory()) {
-            Ok(Some(pid)) => pid,
-            Ok(None) => process::run(plan),
+        let start = |report, reporter| {
+            let plan = Plan {
+                process: &spec.process,
+                security: &spec.security,
+                oom_score_adj: spec.process.oom_score_adj,
+                place: Place::New(root),
+                stdio,
+                report: reporter,
+                port: is_first.then_some(pod.port),
+            };
+            let pid = made.fork(spec, plan, pod.namespaces)?;
+            Child::new(pid, terminal, report, Source::Report(index), pod.poller)
+                .and_then(|child| hold_namespace(pid, &made.namespace).map(|()| child))
+                .inspect_err(|_| _ = rustix::process::kill_process(pid, Signal::KILL))
+        };
+        let pipe = rustix::pipe::pipe_with(PipeFlags::CLOEXEC)
+            .context(|| "make a container's report pipe".into());
+        match pipe.and_then(|(report, reporter)| start(report, reporter)) {
+            Ok(first) => Ok(Self {
+                first: Some(first),
+                made: Some(made),
+                ..Self::not_started(&spec.id)
+            }),
             Err(error) => {
-                cgroup.remove();
-                return Err(error).context(|| format!("fork the container `{}`", spec.id));
+                made.cgroup.remove(pod.poller);
+                Err(error)
             }
-        };
-        drop(plan);
-        let report = watch_report(report, index, pod.poller)
-            .inspect_err(|_| _ = rustix::process::kill_process(pid, Signal::KILL))?;
-        Ok(Self {
-            id: spec.id.clone(),
-            terminal,
-            state: State::Starting {
-                process: Process { pid, cgroup },
-                report,
-                received: Vec::new(),
-            },
-        })
+        }
     }
 
     /// A container that never had a process.
     pub(crate) fn not_started(id: &str) -> Self {
         Self {
             id: id.to_owned(),
-            terminal: None,
-            state: State::Ended,
+            is_essential: false,
+            is_paused: false,
+            awaited: None,
+            is_leaving: false,
+            first: None,
+            made: None,
         }
     }
 
     /// Whether it has, or may yet have, a process.
     pub(crate) fn is_live(&self) -> bool {
-        !matches!(self.state, State::Ended)
+        self.first.is_some()
     }
 
     /// Whether `pid` is its first process.
     pub(crate) fn is(&self, pid: Pid) -> bool {
-        self.pid() == Some(pid)
+        self.first.as_ref().is_some_and(|first| first.pid() == pid)
     }
 
-    /// Sends `signal` to its first process.
+    /// What it has, if it was started.
+    ///
+    /// # Errors
+    /// It was not.
+    pub(crate) fn made(&self) -> Result<&Made, Error> {
+        let refused = || Error::Refused(format!("the container `{}` was not started", self.id));
+        self.made.as_ref().ok_or_else(refused)
+    }
+
+    /// Its first process and what it has, while it is live.
     ///
     /// # Errors
     /// It has ended.
-    pub(crate) fn signal(&self, signal: Signal) -> Result<(), Error> {
-        let ended = || Error::Refused(format!("the container `{}` has ended", self.id));
-        let pid = self.pid().ok_or_else(ended)?;
-        rustix::process::kill_process(pid, signal)
-            .context(|| format!("signal the container `{}`", self.id))
+    pub(crate) fn running(&self) -> Result<(&Child, &Made), Error> {
+        match (&self.first, &self.made) {
+            (Some(first), Some(made)) => Ok((first, made)),
+            _ => Err(Error::Refused(format!(
+                "the container `{}` has ended",
+                self.id
+            ))),
+        }
+    }
+
+    /// Sends `signal` to its first process, or to all.
+    ///
+    /// # Errors
+    /// It has ended.
+    pub(crate) fn signal(&self, signal: Signal, all: bool) -> Result<(), Error> {
+        let (first, made) = self.running()?;
+        match all {
+            true if signal == Signal::KILL => made.cgroup.kill(),
+            true => made.cgroup.signal(signal),
+            false => first
+                .signal(signal)
+                .context(|| format!("signal the container `{}`", self.id)),
+        }
     }
 
     /// Reads the child's report. Returns whether the program was just executed.
     pub(crate) fn hear(&mut self, poller: &Poller) -> bool {
-        let State::Starting {
-            report, received, ..
-        } = &mut self.state
-        else {
-            return false;
-        };
-        let mut buffer = [0; 512];
-        loop {
-            match rustix::io::read(&*report, &mut buffer) {
-                Ok(read @ 1..) => received.extend_from_slice(&buffer[..read]),
-                Err(Errno::INTR) => {}
-                Err(Errno::AGAIN) => return false,
-                Ok(0) | Err(_) => break,
-            }
-        }
-        if !matches!(Report::parse(received), Report::Executed) {
-            // SIGCHLD follows, and the report says why.
-            _ = report.watch(poller, None);
-            return false;
-        }
-        if let State::Starting {
-            process, report, ..
-        } = std::mem::replace(&mut self.state, State::Ended)
-        {
-            report.close(poller);
-            self.state = State::Running(process);
-        }
-        true
+        let first = self.first.as_mut();
+        first.is_some_and(|first| first.hear(poller))
     }
 
-    /// Its first process ended as `status`: cleans up after it and says how it ended. Everything that it
+    /// Whether the OOM killer has ended a process of it since this was last asked, and whether ever.
+    pub(crate) fn oom_killed(&mut self) -> (bool, bool) {
+        let made = self.made.as_mut();
+        made.map_or((false, false), |made| made.cgroup.oom_killed())
+    }
+
+    /// Its first process ended as `status`: ends the others and says how it ended. Everything that it
     /// reported must have been heard.
-    pub(crate) fn end(&mut self, status: WaitStatus, poller: &Poller) -> ExitStatus {
-        let (process, report) = match std::mem::replace(&mut self.state, State::Ended) {
-            State::Starting {
-                process,
-                report,
-                received,
-            } => {
-                report.close(poller);
-                (process, Report::parse(&received))
-            }
-            State::Running(process) => (process, Report::Executed),
-            State::Ended => return not_started("it was not running".into()),
-        };
-        let oom_killed = process.cgroup.oom_killed();
-        process.cgroup.remove();
-        match report {
-            Report::Executed => exit_status(status, oom_killed),
-            Report::Failed { code, reason } => ExitStatus::NotStarted { code, reason },
-            Report::Silent => not_started(match oom_killed {
-                true => "its memory limit is too low to set it up".into(),
-                false => format!("it ended while it was being set up ({status:?})"),
-            }),
+    pub(crate) fn end(&mut self, status: WaitStatus, oom: bool, poller: &Poller) -> ExitStatus {
+        if let Some(made) = &self.made
+            && made.pid_namespace == PidNamespace::Pod
+            && let Err(error) = made.cgroup.kill()
+        {
+            log_error(&error.to_string());
+        }
+        match self.first.take() {
+            Some(first) => first.end(status, oom, poller),
+            None => not_started("it was not running".into()),
         }
     }
 
-    fn pid(&self) -> Option<Pid> {
-        match &self.state {
-            State::Starting { process, .. } | State::Running(process) => Some(process.pid),
-            State::Ended => None,
+    /// Lets go of everything that is not a disk or a volume.
+    pub(crate) fn remove(self, poller: &Poller) {
+        if let Some((awaited, _)) = self.awaited {
+            awaited.close(poller);
+        }
+        if let Some(made) = self.made {
+            release_namespace(&made.namespace);
+            made.cgroup.remove(poller);
         }
     }
+}
+
+impl Made {
+    /// Forks the first process.
+    fn fork(
+        &self,
+        spec: &ContainerSpec,
+        plan: Plan<'_>,
+        namespaces: &mut PidNamespaces,
+    ) -> Result<Pid, Error> {
+        let place = match spec.pid_namespace {
+            PidNamespace::Container => Where::New,
+            PidNamespace::Pod => Where::Pod,
+        };
+        let forked = namespaces.fork(place, true, self.cgroup.directory());
+        match forked.context(|| format!("fork the container `{}`", spec.id))? {
+            Some(pid) => Ok(pid),
+            None => process::run(plan),
+        }
+    }
+}
+
+/// Who a container is to disks and volumes.
+pub(crate) fn user(id: &str) -> String {
+    format!("the container `{id}`")
+}
+
+/// Keeps the mount namespace of `pid` beyond its end, by a mount.
+fn hold_namespace(pid: Pid, place: &str) -> Result<(), Error> {
+    let hold = || {
+        File::create(place)?;
+        rustix::mount::mount_bind(format!("/proc/{}/ns/mnt", pid.as_raw_nonzero()), place)?;
+        Ok(())
+    };
+    hold()
+        .map_err(|error: std::io::Error| error)
+        .context(|| "hold a container's mount namespace".into())
+}
+
+/// Lets go of a mount namespace: with it go its mounts. It may have gone before.
+pub(crate) fn release_namespace(place: &str) {
+    let _ = rustix::mount::unmount(place, UnmountFlags::empty());
+    let _ = rustix::fs::unlink(place);
 }
 
 /// Checks what cannot be left to the kernel's errors.
@@ -228,27 +300,40 @@ impl Container {
 /// # Errors
 /// A sentence that names the field.
 pub(crate) fn validate(spec: &ContainerSpec) -> Result<(), Error> {
-    let id = &spec.id;
-    let is_file_name = !id.is_empty()
-        && id.len() <= MAX_ID
-        && id
+    is_file_name("container id", &spec.id)?;
+    has_program("container", &spec.id, &spec.process)?;
+    mounts::validate(&spec.mounts, &spec.devices)
+}
+
+/// Whether `name` can be a file's.
+///
+/// # Errors
+/// It cannot: a sentence with `what` it is.
+pub(crate) fn is_file_name(what: &str, name: &str) -> Result<(), Error> {
+    let is_file_name = !matches!(name, "" | "." | "..")
+        && name.len() <= MAX_ID
+        && name
             .bytes()
             .all(|byte| byte.is_ascii_graphic() && byte != b'/');
-    if !is_file_name {
-        return Err(Error::Refused(format!(
-            "the container id `{}` is not a file name of 1 to {MAX_ID} printable ASCII characters",
-            id.escape_debug()
-        )));
+    if is_file_name {
+        return Ok(());
     }
-    if spec.process.argv.is_empty() {
+    Err(Error::Refused(format!(
+        "the {what} `{}` is not a file name of 1 to {MAX_ID} printable ASCII characters",
+        name.escape_debug()
+    )))
+}
+
+fn has_program(what: &str, id: &str, process: &ProcessSpec) -> Result<(), Error> {
+    if process.argv.is_empty() {
         return Err(Error::Refused(format!(
-            "the container `{id}` has no program to run: argv is empty"
+            "the {what} `{id}` has no program to run: argv is empty"
         )));
     }
     Ok(())
 }
 
-/// The status of a container that the agent could not start.
+/// The status of a process that the agent could not start.
 pub(crate) fn not_started(reason: String) -> ExitStatus {
     ExitStatus::NotStarted {
         code: process::CANNOT_START,
@@ -256,36 +341,45 @@ pub(crate) fn not_started(reason: String) -> ExitStatus {
     }
 }
 
-fn layers(spec: &ContainerSpec, disks: &mut Disks) -> Result<Layers, Error> {
-    Ok(Layers {
-        image: disks.image(&spec.rootfs.image)?,
+/// Finds what the root is made of.
+fn root<'a>(
+    spec: &'a ContainerSpec,
+    devpts: OwnedFd,
+    has_terminal: bool,
+    pod: &mut Pod<'_>,
+) -> Result<Root<'a>, Error> {
+    let user = user(&spec.id);
+    let mut claim = |serial: &str, wanted: Use| pod.disks.claim(serial, wanted, &user);
+    let layers = Layers {
+        image: disks::directory(&claim(&spec.rootfs.image, Use::Image)?),
         writable: match &spec.rootfs.writable {
-            Some(serial) => Some(disks.writable(serial, &spec.id)?),
+            Some(serial) => Some(disks::directory(&claim(serial, Use::Writable)?)),
             None => None,
         },
         read_only: spec.rootfs.read_only,
-    })
-}
-
-fn watch_report(report: OwnedFd, index: u32, poller: &Poller) -> Result<Watched, Error> {
-    let watch = || -> rustix::io::Result<Watched> {
-        rustix::io::ioctl_fionbio(report.as_fd(), true)?;
-        let mut report = Watched::new(report, Source::Report(index));
-        report.watch(poller, Some(EventFlags::IN))?;
-        Ok(report)
     };
-    watch().context(|| "watch a container's report pipe".into())
-}
-
-fn exit_status(status: WaitStatus, oom_killed: bool) -> ExitStatus {
-    match (status.exit_status(), status.terminating_signal()) {
-        (Some(code), _) => ExitStatus::Code(code as u8),
-        (None, Some(signal)) => ExitStatus::Signal {
-            signal: signal as u8,
-            oom_killed: oom_killed && signal == Signal::KILL.as_raw(),
-        },
-        (None, None) => not_started(format!(
-            "the kernel gave a wait status nobody knows: {status:?}"
-        )),
+    let mut devices = Vec::new();
+    for device in &spec.devices {
+        let name = claim(&device.serial, Use::Device)?;
+        devices.push(Device { spec: device, name });
     }
+    let mut mounts = Vec::new();
+    for mount in &spec.mounts {
+        let volume = match &mount.source {
+            MountSource::Volume { volume, .. } => Some(pod.volumes.claim(volume, &user)?),
+            MountSource::Tmpfs { .. } => None,
+        };
+        mounts.push(Wanted {
+            spec: mount,
+            volume,
+        });
+    }
+    Ok(Root {
+        layers,
+        mounts,
+        devices,
+        security: &spec.security,
+        devpts,
+        has_terminal,
+    })
 }

@@ -1,4 +1,4 @@
-//! The child's half of a start: from fork to `execve`, as PID 1 of the container's PID namespace.
+//! The child's half of a start: from fork to `execve`, in a container that it makes or that there is.
 //!
 //! It tells the agent how it went through the report pipe, which is close-on-exec: one byte just before
 //! `execve`, and then either end of file (the program runs) or a JSON failure.
@@ -6,16 +6,19 @@
 
 use std::ffi::CString;
 use std::io::Read;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
-use cube_guest::{ContainerSpec, Mark};
+use cube_guest::{Mark, ProcessSpec, SecuritySpec};
 use rustix::fs::{CWD, FileType, Gid, Mode, OFlags, Uid};
 use rustix::io::Errno;
+use rustix::process::DumpableBehavior;
+use rustix::thread::ThreadNameSpaceType;
 use serde::{Deserialize, Serialize};
 
-use super::rootfs::{self, Layers};
+use super::capabilities::{self, Sets};
+use super::rootfs::{self, Root};
 use super::user::{self, Identity};
-use super::{capabilities, environment, path, seccomp};
+use super::{environment, limits, path, seccomp};
 use crate::error::{Context, Error};
 use crate::port::Port;
 use crate::stdio::ChildStdio;
@@ -30,12 +33,39 @@ const MAX_DATABASE: u64 = 4 << 20;
 
 /// What the child needs; made by the agent before the fork.
 pub(crate) struct Plan<'a> {
-    pub(crate) spec: &'a ContainerSpec,
-    pub(crate) layers: Layers,
+    pub(crate) process: &'a ProcessSpec,
+    pub(crate) security: &'a SecuritySpec,
+    pub(crate) oom_score_adj: Option<i16>,
+    pub(crate) place: Place<'a>,
     pub(crate) stdio: ChildStdio,
     pub(crate) report: OwnedFd,
     /// To mark the start on; only the pod's first container.
     pub(crate) port: Option<&'a Port>,
+}
+
+/// Where the process is going to be.
+pub(crate) enum Place<'a> {
+    /// In a container that it makes.
+    New(Root<'a>),
+    /// In the container of the process behind this pidfd.
+    Beside(OwnedFd),
+}
+
+impl Plan<'_> {
+    /// The descriptors that the child takes over.
+    fn descriptors(&self) -> Vec<BorrowedFd<'_>> {
+        let mut kept = vec![self.report.as_fd()];
+        kept.push(match &self.place {
+            Place::New(root) => root.devpts.as_fd(),
+            Place::Beside(process) => process.as_fd(),
+        });
+        match &self.stdio {
+            ChildStdio::Pipes(ends) => kept.extend(ends.iter().flatten().map(AsFd::as_fd)),
+            ChildStdio::Terminal(slave) => kept.push(slave.as_fd()),
+        }
+        kept.extend(self.port.and_then(Port::descriptor));
+        kept
+    }
 }
 
 /// What the child said.
@@ -70,16 +100,13 @@ impl Report {
     }
 }
 
-/// The child: becomes the container's program or says why not, and ends.
+/// The child: becomes the program or says why not, and ends.
 pub(crate) fn run(plan: Plan<'_>) -> ! {
-    let (spec, port) = (plan.spec, plan.port);
-    let (code, reason) = match plan
-        .report
-        .try_clone()
-        .context(|| "copy a descriptor".into())
-    {
-        Ok(report) => match prepare(plan) {
-            Ok(program) => program.execute(spec, &report, port),
+    let (process, port) = (plan.process, plan.port);
+    let report = plan.report.try_clone();
+    let (code, reason) = match report.context(|| "copy a descriptor".into()) {
+        Ok(report) => match prepare(plan, &report) {
+            Ok(program) => program.execute(process, &report, port),
             Err(error) => fail(&report, CANNOT_START, error.to_string()),
         },
         Err(error) => (CANNOT_START, error.to_string()),
@@ -102,25 +129,38 @@ struct Program {
     env: Vec<CString>,
 }
 
-fn prepare(plan: Plan<'_>) -> Result<Program, Error> {
-    let process = &plan.spec.process;
-    rustix::process::setsid().context(|| "start a session".into())?;
-    sys::unshare_cgroup().context(|| "make a cgroup namespace".into())?;
-    let is_terminal = matches!(plan.stdio, ChildStdio::Terminal { .. });
-    let (streams, devpts) = match plan.stdio {
-        ChildStdio::Pipes(ends) => (ends, None),
-        ChildStdio::Terminal { slave, devpts } => {
+fn prepare(plan: Plan<'_>, report: &OwnedFd) -> Result<Program, Error> {
+    let (process, security) = (plan.process, plan.security);
+    isolate(&plan, report)?;
+    if let Some(value) = plan.oom_score_adj {
+        // Before the agent's /proc is out of reach.
+        std::fs::write("/proc/self/oom_score_adj", value.to_string())
+            .context(|| format!("set oom_score_adj to {value}"))?;
+    }
+    let is_terminal = matches!(plan.stdio, ChildStdio::Terminal(_));
+    let streams = match plan.stdio {
+        ChildStdio::Pipes(ends) => ends,
+        ChildStdio::Terminal(slave) => {
             rustix::process::ioctl_tiocsctty(&slave).context(|| "take the terminal".into())?;
             let copy = || slave.try_clone().context(|| "copy the terminal".into());
-            ([Some(copy()?), Some(copy()?), Some(slave)], Some(devpts))
+            [Some(copy()?), Some(copy()?), Some(slave)]
         }
     };
-    rootfs::enter(&plan.layers, devpts)?;
-    let identity = identify(&process.user)?;
+    match &plan.place {
+        Place::New(root) => {
+            sys::unshare_cgroup().context(|| "make a cgroup namespace".into())?;
+            rootfs::enter(root)?;
+        }
+        Place::Beside(other) => enter_container(other)?,
+    }
+    let mut identity = identify(&process.user)?;
+    identity.join(&process.additional_gids);
     connect(&streams, &identity)?;
     drop(streams);
     enter_directory(&process.cwd)?;
-    if plan.layers.read_only {
+    if let Place::New(root) = &plan.place
+        && root.layers.read_only
+    {
         rootfs::seal()?;
     }
     let hostname = rustix::system::uname().nodename().to_bytes().to_vec();
@@ -129,19 +169,66 @@ fn prepare(plan: Plan<'_>) -> Result<Program, Error> {
         argv: strings(process.argv.iter().map(|s| s.as_bytes()), "argument")?,
         env: strings(env.iter().map(|s| &**s), "environment variable")?,
     };
-    capabilities::bound()?;
-    seccomp::install()?;
-    become_user(&identity)?;
+    limits::set(&process.rlimits)?;
+    drop_privileges(process, security, &identity)?;
     sys::close_on_exec().context(|| "close the agent's descriptors".into())?;
     sys::set_signal_mask(false).context(|| "unblock signals".into())?;
     Ok(program)
 }
 
+/// Leaves the agent: nothing of it may be reached through this process, which others in the container
+/// can see before it is their like.
+fn isolate(plan: &Plan<'_>, report: &OwnedFd) -> Result<(), Error> {
+    rustix::process::set_dumpable_behavior(DumpableBehavior::NotDumpable)
+        .context(|| "hide the agent's memory".into())?;
+    let mut kept = plan.descriptors();
+    kept.push(report.as_fd());
+    sys::close_all_but(&kept).context(|| "close the agent's descriptors".into())?;
+    rustix::process::setsid().context(|| "start a session".into())?;
+    Ok(())
+}
+
+/// Joins the container of another process; this one is in its PID namespace and cgroup already.
+fn enter_container(other: &OwnedFd) -> Result<(), Error> {
+    let namespaces = ThreadNameSpaceType::MOUNT | ThreadNameSpaceType::CONTROL_GROUP;
+    rustix::thread::move_into_thread_name_spaces(other.as_fd(), namespaces)
+        .context(|| "enter the container's namespaces".into())
+}
+
+/// Becomes the user with the capabilities asked for, under the filters. A filter that does not allow what
+/// is left to do here stops the start: without no_new_privs that is `capset` and `prctl`, with it nothing.
+fn drop_privileges(
+    process: &ProcessSpec,
+    security: &SecuritySpec,
+    identity: &Identity,
+) -> Result<(), Error> {
+    let sets = Sets::resolve(
+        process.capabilities.as_ref(),
+        security.privileged,
+        identity.uid == 0,
+    )?;
+    sets.bound()?;
+    become_user(identity)?;
+    capabilities::keep_in_force()?;
+    if process.no_new_privileges {
+        sets.limit()?;
+        rustix::thread::set_no_new_privs(true).context(|| "set no_new_privs".into())?;
+        return seccomp::install(security);
+    }
+    seccomp::install(security)?;
+    sets.limit()
+}
+
 impl Program {
     /// Executes the first candidate that can be; returns only if none can.
-    fn execute(&self, spec: &ContainerSpec, report: &OwnedFd, port: Option<&Port>) -> (u8, String) {
-        let name = &spec.process.argv[0];
-        let search = environment::path(&spec.process.env);
+    fn execute(
+        &self,
+        process: &ProcessSpec,
+        report: &OwnedFd,
+        port: Option<&Port>,
+    ) -> (u8, String) {
+        let name = &process.argv[0];
+        let search = environment::path(&process.env);
         if let Some(port) = port {
             port.mark(Mark::ContainerStarted);
         }
@@ -239,12 +326,13 @@ fn enter_directory(asked: &str) -> Result<(), Error> {
 fn become_user(identity: &Identity) -> Result<(), Error> {
     let become_it = || {
         let groups: Vec<Gid> = identity.groups.iter().copied().map(Gid::from_raw).collect();
+        rustix::thread::set_keep_capabilities(true)?;
         rustix::thread::set_thread_groups(&groups)?;
         rustix::thread::set_thread_gid(Gid::from_raw(identity.gid))?;
-        rustix::thread::set_thread_uid(Uid::from_raw(identity.uid))
+        rustix::thread::set_thread_uid(Uid::from_raw(identity.uid))?;
+        rustix::thread::set_keep_capabilities(false)
     };
-    become_it().context(|| format!("become the user {}:{}", identity.uid, identity.gid))?;
-    capabilities::limit(identity.uid == 0)
+    become_it().context(|| format!("become the user {}:{}", identity.uid, identity.gid))
 }
 
 fn strings<'a>(bytes: impl Iterator<Item = &'a [u8]>, what: &str) -> Result<Vec<CString>, Error> {

@@ -2,28 +2,31 @@
 //!
 //! The root is an overlay: the EROFS image below, a directory of the writable disk (or of a tmpfs) above.
 //! The child pivots into it first and mounts everything else from inside, so that no symbolic link of
-//! the image can lead outside. The agent's mount namespace never sees any of it, and the kernel unmounts
-//! it with the container's last process.
+//! the image can lead outside. The agent's mount namespace never sees any of it; the agent holds the
+//! container's namespace until the container is removed, so that its files can still be read.
 //!
-//! Everything a container can write is `nodev`. Its device files are bind mounts of single files of the
-//! agent's `/dev`.
+//! Everything a container can write is `nodev`, a privileged one's `/dev` excepted. Its device files are
+//! bind mounts of single files of the agent's `/dev`.
 #![forbid(unsafe_code)]
 
 use std::ffi::CString;
 use std::os::fd::OwnedFd;
 
+use cube_guest::SecuritySpec;
 use rustix::fs::{AtFlags, CWD, FileType, Gid, Mode, OFlags, Timespec, Timestamps, Uid};
 use rustix::io::Errno;
-use rustix::mount::{MountFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags};
+use rustix::mount::{MountFlags, MountPropagationFlags, MoveMountFlags, UnmountFlags};
 
+use super::mounts::{self, Detached, Device, Wanted};
 use crate::boot::make_directory;
 use crate::error::{Context, Error};
-use crate::stdio::DEVPTS_OPTIONS;
 
 /// Where the root is mounted before it is the root.
 const ROOT: &str = "/run/root";
 /// Where the tmpfs of a container without a writable disk is mounted.
 const UPPER: &str = "/run/upper";
+/// The pod's `/dev/shm`.
+pub(crate) const SHM: &str = "/run/shm";
 
 const DEVICES: [&str; 6] = ["null", "zero", "full", "random", "urandom", "tty"];
 const DEVICE_LINKS: [(&str, &str); 5] = [
@@ -68,14 +71,39 @@ pub(crate) struct Layers {
     pub(crate) read_only: bool,
 }
 
-/// Makes the container's root the root of this process, with every file system on it. `devpts` is the one
-/// of its terminal; absent: it gets a fresh one.
+/// Everything that a container sees as files.
+#[derive(Debug)]
+pub(crate) struct Root<'a> {
+    pub(crate) layers: Layers,
+    pub(crate) mounts: Vec<Wanted<'a>>,
+    pub(crate) devices: Vec<Device<'a>>,
+    pub(crate) security: &'a SecuritySpec,
+    /// Its `/dev/pts`.
+    pub(crate) devpts: OwnedFd,
+    /// Its first process has terminal 0 of that.
+    pub(crate) has_terminal: bool,
+}
+
+/// Makes the container's root the root of this process, with every file system on it.
 ///
 /// # Errors
 /// The mount that failed, by name.
-pub(crate) fn enter(layers: &Layers, devpts: Option<OwnedFd>) -> Result<(), Error> {
-    mount_overlay(layers)?;
-    let devices = DEVICES.map(clone_device);
+pub(crate) fn enter(root: &Root<'_>) -> Result<(), Error> {
+    // What the agent unmounts must go here too, and nothing that is mounted here may go there.
+    let propagation = MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC;
+    rustix::mount::mount_change("/", propagation).context(|| "leave the agent's mounts".into())?;
+    mount_overlay(&root.layers)?;
+    let privileged = root.security.privileged;
+    let devices = devices(privileged)?;
+    let shm = mounts::clone_file(SHM).context(|| format!("clone {SHM}"))?;
+    if !root.devices.is_empty() {
+        mounts::prepare_devices()?;
+    }
+    let nodes = root.devices.iter().enumerate();
+    let nodes = nodes.map(|(number, device)| mounts::make_device(device, number));
+    let nodes: Vec<Detached<'_>> = nodes.collect::<Result<_, _>>()?;
+    let trees = root.mounts.iter().map(mounts::detach);
+    let trees: Vec<Option<Detached<'_>>> = trees.collect::<Result<_, _>>()?;
     let pivot = || {
         rustix::process::chdir(ROOT)?;
         rustix::process::pivot_root(".", ".")?;
@@ -84,10 +112,41 @@ pub(crate) fn enter(layers: &Layers, devpts: Option<OwnedFd>) -> Result<(), Erro
         rustix::process::chdir("/")
     };
     pivot().context(|| "pivot into the container's root".into())?;
-    mount_kernel_file_systems()?;
-    populate_dev(devices, devpts)?;
-    MASKED.iter().try_for_each(|path| mask(path))?;
-    READ_ONLY.iter().try_for_each(|path| make_read_only(path))
+    mount_kernel_file_systems(privileged)?;
+    populate_dev(devices, &shm, &root.devpts, root.has_terminal)?;
+    for (wanted, tree) in root.mounts.iter().zip(&trees) {
+        match tree {
+            Some(tree) => mounts::attach(tree)?,
+            None => mounts::mount_tmpfs(wanted.spec)?,
+        }
+    }
+    nodes.iter().try_for_each(mounts::attach)?;
+    let paths = |asked: &Option<Vec<String>>, usual: &[&str]| match asked {
+        _ if privileged => Vec::new(),
+        Some(paths) => paths.clone(),
+        None => usual.iter().map(|path| (*path).to_owned()).collect(),
+    };
+    for path in paths(&root.security.masked_paths, &MASKED) {
+        mask(&path)?;
+    }
+    for path in paths(&root.security.read_only_paths, &READ_ONLY) {
+        make_read_only(&path)?;
+    }
+    Ok(())
+}
+
+/// The usual device files, or all.
+fn devices(privileged: bool) -> Result<Vec<(String, OwnedFd)>, Error> {
+    if privileged {
+        return mounts::every_device();
+    }
+    let clone = |name: &str| {
+        let path = format!("/dev/{name}");
+        let device = mounts::clone_file(&path);
+        let device = device.context(|| format!("clone the device file {path}"))?;
+        Ok((path, device))
+    };
+    DEVICES.into_iter().map(clone).collect()
 }
 
 /// Makes the root read-only, after everything that the start itself writes.
@@ -144,24 +203,23 @@ fn make_upper(image: &str, upper: &str) -> Result<(), Error> {
     make().context(|| format!("make the upper directory {upper}"))
 }
 
-fn mount_kernel_file_systems() -> Result<(), Error> {
+fn mount_kernel_file_systems(privileged: bool) -> Result<(), Error> {
     let plain = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
     for path in ["/proc", "/sys", "/dev"] {
         make_mount_point(path)?;
     }
+    let mut sys = plain;
+    sys.set(MountFlags::RDONLY, !privileged);
     mount("proc", "/proc", plain, c"")?;
-    mount("sysfs", "/sys", plain | MountFlags::RDONLY, c"")?;
-    mount("cgroup2", "/sys/fs/cgroup", plain | MountFlags::RDONLY, c"")?;
-    mount(
-        "tmpfs",
-        "/dev",
-        MountFlags::NOSUID | MountFlags::NODEV,
-        c"mode=755,size=65536k",
-    )?;
+    mount("sysfs", "/sys", sys, c"")?;
+    mount("cgroup2", "/sys/fs/cgroup", sys, c"")?;
+    let mut dev = MountFlags::NOSUID;
+    dev.set(MountFlags::NODEV, !privileged);
+    mount("tmpfs", "/dev", dev, c"mode=755,size=65536k")?;
     for path in ["/dev/pts", "/dev/shm", "/dev/mqueue"] {
         make_directory(path)?;
     }
-    mount("tmpfs", "/dev/shm", plain, c"mode=1777,size=65536k")?;
+    // One for each IPC namespace, and the pod's containers have the agent's.
     match mount("mqueue", "/dev/mqueue", plain, c"") {
         // A kernel without message queues: nobody there can use one.
         Err(Error::System {
@@ -184,46 +242,28 @@ fn make_mount_point(path: &str) -> Result<(), Error> {
     }
 }
 
-/// A mount of one device file, attached nowhere.
-fn clone_device(name: &str) -> Result<OwnedFd, Error> {
-    let path = format!("/dev/{name}");
-    let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
-    rustix::mount::open_tree(CWD, &*path, flags).context(|| format!("clone the device file {path}"))
-}
-
 fn populate_dev(
-    devices: [Result<OwnedFd, Error>; DEVICES.len()],
-    devpts: Option<OwnedFd>,
+    devices: Vec<(String, OwnedFd)>,
+    shm: &OwnedFd,
+    devpts: &OwnedFd,
+    has_terminal: bool,
 ) -> Result<(), Error> {
-    for (name, device) in DEVICES.iter().zip(devices) {
-        let path = format!("/dev/{name}");
+    for (path, device) in devices {
         make_file(&path)?;
-        attach(&device?, &path)?;
+        attach(&device, &path)?;
     }
     for (link, target) in DEVICE_LINKS {
         rustix::fs::symlink(target, link).context(|| format!("make the link {link}"))?;
     }
-    match devpts {
-        Some(devpts) => {
-            attach(&devpts, "/dev/pts")?;
-            // The terminal's only user so far: number 0.
-            make_file("/dev/console")?;
-            rustix::mount::mount_bind("/dev/pts/0", "/dev/console")
-                .context(|| "bind the terminal to /dev/console".into())
-        }
-        None => {
-            let options = DEVPTS_OPTIONS
-                .map(|(key, value)| format!("{key}={value}"))
-                .join(",");
-            let options = CString::new(options).unwrap_or_default();
-            mount(
-                "devpts",
-                "/dev/pts",
-                MountFlags::NOSUID | MountFlags::NOEXEC,
-                &options,
-            )
-        }
+    attach(shm, "/dev/shm")?;
+    attach(devpts, "/dev/pts")?;
+    if has_terminal {
+        // The terminal's only user so far: number 0.
+        make_file("/dev/console")?;
+        rustix::mount::mount_bind("/dev/pts/0", "/dev/console")
+            .context(|| "bind the terminal to /dev/console".into())?;
     }
+    Ok(())
 }
 
 fn make_file(path: &str) -> Result<(), Error> {
@@ -267,7 +307,12 @@ fn make_read_only(path: &str) -> Result<(), Error> {
     remount().context(|| format!("make {path} read-only"))
 }
 
-fn mount(kind: &str, target: &str, flags: MountFlags, data: &std::ffi::CStr) -> Result<(), Error> {
+pub(super) fn mount(
+    kind: &str,
+    target: &str,
+    flags: MountFlags,
+    data: &std::ffi::CStr,
+) -> Result<(), Error> {
     rustix::mount::mount(kind, target, kind, flags, data)
         .context(|| format!("mount {kind} on {target}"))
 }

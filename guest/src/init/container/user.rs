@@ -30,6 +30,17 @@ pub(crate) struct Identity {
     pub(crate) home: Vec<u8>,
 }
 
+impl Identity {
+    /// Adds supplementary groups.
+    pub(crate) fn join(&mut self, groups: &[u32]) {
+        for group in groups {
+            if !self.groups.contains(group) && self.groups.len() < MAX_GROUPS {
+                self.groups.push(*group);
+            }
+        }
+    }
+}
+
 /// Why a user cannot be resolved.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum UserError {

@@ -10,12 +10,16 @@
 //! done.
 #![forbid(unsafe_code)]
 
+mod requests;
+mod start;
+
+use std::collections::VecDeque;
 use std::os::fd::OwnedFd;
 use std::time::Duration;
 
 use cube_guest::{
-    Answer, ContainerSpec, ExitStatus, GuestEvent, GuestMessage, HostMessage, HostRequest, Mark,
-    PodSpec, ProcessId,
+    Answer, ContainerSpec, ExitStatus, GuestEvent, GuestMessage, HostMessage, Mark, PodSpec,
+    VolumeSpec,
 };
 use rustix::event::epoll::EventFlags;
 use rustix::process::{Pid, Signal, WaitOptions, WaitStatus};
@@ -24,14 +28,20 @@ use rustix::time::{
     timerfd_settime,
 };
 
+use crate::container::exec::Exec;
+use crate::container::pid_namespace::PidNamespaces;
 use crate::container::{self, Container, Pod};
 use crate::control::Control;
 use crate::disks::Disks;
 use crate::error::{Context, Error, log_error};
 use crate::events::{Poller, Source, Watched};
+use crate::forward::Forwards;
+use crate::job::Jobs;
 use crate::port::Port;
 use crate::stdio::Streams;
 use crate::sys;
+use crate::table::Table;
+use crate::volumes::Volumes;
 
 /// The whole pod.
 pub(crate) struct Agent {
@@ -40,12 +50,29 @@ pub(crate) struct Agent {
     control: Control,
     children: Watched,
     grace: Option<Watched>,
+    namespaces: PidNamespaces,
     disks: Disks,
+    volumes: Volumes,
     streams: Streams,
-    containers: Vec<Container>,
+    containers: Table<Container>,
+    execs: Table<Exec>,
+    jobs: Jobs,
+    forwards: Forwards,
     phase: Phase,
-    /// How many of `containers`, from the first, end the pod when they have ended; 0: it goes on.
-    essential: usize,
+    /// What of the pod's specification is still to be made; it waits for a volume.
+    boot: Boot,
+    /// How many containers that end the pod have not ended; absent: none does, the pod goes on.
+    essential: Option<usize>,
+    /// A container was started, and the VMM told.
+    started: bool,
+}
+
+#[derive(Debug, Default)]
+struct Boot {
+    volumes: VecDeque<VolumeSpec>,
+    containers: Vec<ContainerSpec>,
+    /// The volume that a job mounts.
+    waits_for: Option<String>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -75,11 +102,18 @@ impl Agent {
             poller,
             children,
             grace: None,
+            namespaces: PidNamespaces::new().context(|| "open the PID namespace".into())?,
             disks: Disks::default(),
+            volumes: Volumes::default(),
             streams: Streams::new(),
-            containers: Vec::new(),
+            containers: Table::default(),
+            execs: Table::default(),
+            jobs: Jobs::default(),
+            forwards: Forwards::default(),
             phase: Phase::Running,
-            essential: 0,
+            boot: Boot::default(),
+            essential: None,
+            started: false,
         })
     }
 
@@ -90,11 +124,7 @@ impl Agent {
     pub(crate) fn run(&mut self, pod: Result<PodSpec, Error>) -> Result<(), Error> {
         match pod {
             Ok(pod) => self.start_pod(pod),
-            Err(error) => {
-                let reason = error.to_string();
-                self.report(GuestEvent::Failed { reason });
-                self.phase = Phase::Draining;
-            }
+            Err(error) => self.fail(&error.to_string()),
         }
         self.settle();
         while self.phase != Phase::Done {
@@ -108,59 +138,25 @@ impl Agent {
 
     /// Unmounts, and ends the VM. Returns only if even a reset does not.
     pub(crate) fn power_off(&mut self) {
+        for (_, container) in self.containers.iter() {
+            if let Ok(made) = container.made() {
+                container::release_namespace(&made.namespace);
+            }
+        }
+        self.volumes.unmount();
         self.disks.unmount();
         self.port.mark(Mark::PowerOff);
         let error = rustix::system::reboot(rustix::system::RebootCommand::Restart);
         log_error(&format!("cannot power off: {error:?}"));
     }
 
-    fn start_pod(&mut self, pod: PodSpec) {
-        if pod.exit_with_containers {
-            self.essential = pod.containers.len();
-        }
-        for spec in &pod.containers {
-            if let Err(error) = self.start(spec) {
-                // Refused before anything was made: it still counts, its streams end, and it is reported
-                // like the others.
-                let _ = self.streams.open(&spec.process.stdio, &self.poller);
-                self.containers.push(Container::not_started(&spec.id));
-                self.report_end(&spec.id, container::not_started(error.to_string()));
-            }
-        }
-    }
-
-    /// Starts a container, or reports why it cannot be.
-    ///
-    /// # Errors
-    /// The request itself makes no sense.
-    fn start(&mut self, spec: &ContainerSpec) -> Result<(), Error> {
-        container::validate(spec)?;
-        if self
-            .containers
-            .iter()
-            .any(|container| container.id == spec.id)
-        {
-            return Err(Error::Refused(format!(
-                "the pod already has a container `{}`",
-                spec.id
-            )));
-        }
-        let index = self.containers.len();
-        let mut pod = Pod {
-            disks: &mut self.disks,
-            streams: &mut self.streams,
-            poller: &self.poller,
-            port: &self.port,
-        };
-        match Container::start(spec, index as u32, index == 0, &mut pod) {
-            Ok(container) => self.containers.push(container),
-            Err(error) => {
-                self.disks.release(&spec.id);
-                self.containers.push(Container::not_started(&spec.id));
-                self.report_end(&spec.id, container::not_started(error.to_string()));
-            }
-        }
-        Ok(())
+    /// The pod could not be set up.
+    fn fail(&mut self, reason: &str) {
+        let reason = reason.to_owned();
+        self.report(GuestEvent::Failed { reason });
+        self.boot = Boot::default();
+        self.essential = None;
+        self.phase = Phase::Draining;
     }
 
     fn handle(&mut self, source: Source) {
@@ -171,22 +167,28 @@ impl Agent {
                 self.signal_all(Signal::KILL);
             }
             Source::Control => self.hear_host(),
-            Source::Report(index) => self.hear_container(index as usize),
+            Source::Report(index) => self.hear_container(index),
+            Source::ExecReport(index) => {
+                if let Some(exec) = self.execs.get_mut(index) {
+                    exec.child.hear(&self.poller);
+                }
+            }
             Source::Stream(index) => self.streams.turn(index, &self.poller),
+            Source::Memory(index) => _ = self.hear_oom(index),
+            Source::Cgroup(index) => self.hear_cgroup(index),
+            Source::Job(index) => self.hear_job(index),
+            Source::Forward(index) => self.hear_forward(index),
         }
     }
 
     /// Moves on to the phase that what has happened allows.
     fn settle(&mut self) {
-        let essential = &self.containers[..self.essential];
-        if self.phase == Phase::Running
-            && !essential.is_empty()
-            && !essential.iter().any(Container::is_live)
-        {
+        let is_live = |containers: &Table<Container>| containers.find(Container::is_live).is_some();
+        if self.phase == Phase::Running && self.essential == Some(0) {
             self.signal_all(Signal::KILL);
             self.phase = Phase::Stopping;
         }
-        if self.phase == Phase::Stopping && !self.containers.iter().any(Container::is_live) {
+        if self.phase == Phase::Stopping && !is_live(&self.containers) {
             self.stop_grace();
             self.phase = Phase::Draining;
         }
@@ -209,23 +211,52 @@ impl Agent {
     }
 
     fn reaped(&mut self, pid: Pid, status: WaitStatus) {
-        let Some(index) = self
-            .containers
-            .iter()
-            .position(|container| container.is(pid))
-        else {
-            return;
-        };
+        self.namespaces.reaped(pid);
+        if let Some(index) = self.containers.find(|container| container.is(pid)) {
+            self.container_ended(index, status);
+        } else if let Some(index) = self.execs.find(|exec| exec.child.pid() == pid) {
+            self.exec_ended(index, status);
+        } else if let Some(index) = self.jobs.find(pid) {
+            self.hear_job(index);
+            self.jobs.end(index);
+        }
+    }
+
+    fn container_ended(&mut self, index: u32, status: WaitStatus) {
         // It may have ended before its report was read.
         self.hear_container(index);
-        let container = &mut self.containers[index];
-        let status = container.end(status, &self.poller);
-        let id = container.id.clone();
-        self.disks.release(&id);
+        let oom_killed = self.hear_oom(index);
+        let Some(container) = self.containers.get_mut(index) else {
+            return;
+        };
+        let status = container.end(status, oom_killed, &self.poller);
+        let (id, is_essential) = (container.id.clone(), container.is_essential);
+        // A freeze or thaw that nobody will see the end of.
+        if let Some((awaited, request)) = container.awaited.take() {
+            awaited.close(&self.poller);
+            self.reply(request, Err(format!("the container `{id}` has ended")));
+        }
+        if is_essential {
+            self.lose_essential();
+        }
         self.report_end(&id, status);
     }
 
-    fn hear_container(&mut self, index: usize) {
+    fn lose_essential(&mut self) {
+        self.essential = self.essential.map(|left| left.saturating_sub(1));
+    }
+
+    fn exec_ended(&mut self, index: u32, status: WaitStatus) {
+        let Some(mut exec) = self.execs.take(index) else {
+            return;
+        };
+        exec.child.hear(&self.poller);
+        let status = exec.child.end(status, false, &self.poller);
+        let exec = exec.id;
+        self.report(GuestEvent::ExecExited { exec, status });
+    }
+
+    fn hear_container(&mut self, index: u32) {
         if let Some(container) = self.containers.get_mut(index)
             && container.hear(&self.poller)
         {
@@ -234,56 +265,32 @@ impl Agent {
         }
     }
 
+    /// Reports a new OOM kill; returns whether there was any in the container's life.
+    fn hear_oom(&mut self, index: u32) -> bool {
+        let Some(container) = self.containers.get_mut(index) else {
+            return false;
+        };
+        let (is_new, ever) = container.oom_killed();
+        if is_new {
+            let container = container.id.clone();
+            self.report(GuestEvent::OomKilled { container });
+        }
+        ever
+    }
+
     fn hear_host(&mut self) {
         let turn = self.control.turn(&self.poller);
         if turn.connected {
             self.port.mark(Mark::AgentReady);
         }
         for HostMessage { id, request } in turn.messages {
-            let result = self
-                .obey(request)
-                .map(|()| Answer::Done)
-                .map_err(|error| error.to_string());
-            self.control
-                .send(&GuestMessage::Reply { id, result }, &self.poller);
-        }
-    }
-
-    fn obey(&mut self, request: HostRequest) -> Result<(), Error> {
-        match request {
-            HostRequest::Start(_) if self.phase != Phase::Running => Err(Error::Refused(
-                "the pod is ending and starts no container".into(),
-            )),
-            HostRequest::Start(spec) => self.start(&spec),
-            HostRequest::Signal {
-                process: ProcessId::Container(container),
-                signal,
-                ..
-            } => {
-                let signal = sys::signal(signal).ok_or_else(|| {
-                    Error::Refused(format!("{signal} is not a signal: 1 to 64 are"))
-                })?;
-                self.find(&container)?.signal(signal)
+            match self.obey(id, request) {
+                Ok(Some(answer)) => self.reply(id, Ok(answer)),
+                // What was begun replies at its end.
+                Ok(None) => {}
+                Err(error) => self.reply(id, Err(error.to_string())),
             }
-            HostRequest::Resize {
-                process: ProcessId::Container(container),
-                size,
-            } => match self.find(&container)?.terminal {
-                Some(stream) => self.streams.resize(stream, size),
-                None => Err(Error::Refused(format!(
-                    "the container `{container}` has no terminal"
-                ))),
-            },
-            HostRequest::Shutdown { grace_ms } => self.shut_down(grace_ms),
-            _ => Err(Error::Refused(
-                "this version of cube-init does not serve the request".into(),
-            )),
         }
-    }
-
-    fn find(&self, id: &str) -> Result<&Container, Error> {
-        let found = self.containers.iter().find(|container| container.id == id);
-        found.ok_or_else(|| Error::Refused(format!("the pod has no container `{id}`")))
     }
 
     fn shut_down(&mut self, grace_ms: u32) -> Result<(), Error> {
@@ -315,12 +322,12 @@ impl Agent {
     }
 
     fn signal_all(&self, signal: Signal) {
-        for container in self
+        let live = self
             .containers
             .iter()
-            .filter(|container| container.is_live())
-        {
-            if let Err(error) = container.signal(signal) {
+            .filter(|(_, container)| container.is_live());
+        for (_, container) in live {
+            if let Err(error) = container.signal(signal, false) {
                 log_error(&error.to_string());
             }
         }
@@ -333,6 +340,22 @@ impl Agent {
 
     fn report(&mut self, event: GuestEvent) {
         self.control.send(&GuestMessage::Event(event), &self.poller);
+    }
+
+    fn reply(&mut self, id: u64, result: Result<Answer, String>) {
+        self.control
+            .send(&GuestMessage::Reply { id, result }, &self.poller);
+    }
+
+    fn pod(&mut self) -> Pod<'_> {
+        Pod {
+            disks: &mut self.disks,
+            volumes: &mut self.volumes,
+            streams: &mut self.streams,
+            namespaces: &mut self.namespaces,
+            poller: &self.poller,
+            port: &self.port,
+        }
     }
 }
 
