@@ -57,7 +57,11 @@ pub fn open(spec: &ValidSpec) -> Result<Vec<Box<dyn VirtioDevice>>, DeviceError>
     Ok(devices)
 }
 
-fn open_disk(spec: &DiskSpec) -> Result<Disk, DeviceError> {
+/// Opens the files of one disk.
+///
+/// # Errors
+/// The file that is not to be had, or what keeps the files from being a disk.
+pub fn open_disk(spec: &DiskSpec) -> Result<Disk, DeviceError> {
     let role = format!("file of disk {}", spec.serial);
     let mut files = Vec::new();
     for part in &spec.parts {

@@ -30,7 +30,20 @@ fn assert_snapshot(name: &str, arguments: &[&str]) {
 #[test]
 fn help_is_as_reviewed() {
     assert_snapshot("cube", &["--help"]);
-    for command in ["run", "images", "import", "rmi", "bench", "completions"] {
+    assert_snapshot("pod-run", &["pod", "run", "--help"]);
+    for command in [
+        "run",
+        "pod",
+        "ps",
+        "exec",
+        "logs",
+        "stop",
+        "images",
+        "import",
+        "rmi",
+        "bench",
+        "completions",
+    ] {
         assert_snapshot(command, &[command, "--help"]);
     }
 }
