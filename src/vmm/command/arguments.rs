@@ -165,9 +165,7 @@ pub(super) fn parse(
         Source::Fd(fd) => Some(fd),
         _ => None,
     };
-    if pod_fd.is_some() && lifetime_fd.is_some() {
-        return Err(ArgumentError::TwoLives);
-    }
+    check_one_life(lifetime_fd, pod_fd)?;
     check_distinct([spec_fd, timeline_fd, lifetime_fd, pod_fd])?;
     let run = Arguments {
         spec,
@@ -179,6 +177,14 @@ pub(super) fn parse(
         pod_fd,
     };
     Ok(Action::Run(Box::new(run)))
+}
+
+/// A pod outlives the command that started it.
+fn check_one_life(lifetime: Option<RawFd>, pod: Option<RawFd>) -> Result<(), ArgumentError> {
+    match (lifetime, pod) {
+        (Some(_), Some(_)) => Err(ArgumentError::TwoLives),
+        _ => Ok(()),
+    }
 }
 
 /// Each inherited descriptor gets one owner.
