@@ -202,9 +202,9 @@ impl Run {
     fn take_session_event(&mut self, event: SessionEvent) -> Result<(), Failure> {
         match event {
             // A signal that came too late, or a resize of no terminal: nothing to be done.
-            SessionEvent::Ready { .. }
-            | SessionEvent::Reply { .. }
-            | SessionEvent::OomKilled { .. } => {}
+            SessionEvent::Ready { .. } | SessionEvent::Reply { .. } => {}
+            // The exit status says what killed the container; execs are not asked for.
+            SessionEvent::OomKilled { .. } | SessionEvent::ExecExited { .. } => {}
             SessionEvent::Stream { token, stream } => {
                 self.take_stream(token, stream)
                     .map_err(|error| self.own_failure(error))?;

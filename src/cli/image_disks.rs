@@ -10,10 +10,10 @@ use super::process::ImageProcess;
 use crate::client::{NamedFile, PodDisk};
 use crate::image::{ImageConfig, Store, WritableError};
 
-/// virtio-blk serial of the image's disk.
-pub(crate) const IMAGE_SERIAL: &str = "image0";
-/// virtio-blk serial of the container's writable disk.
-pub(crate) const WRITABLE_SERIAL: &str = "rw0";
+/// virtio-blk serials of the image's and the writable disk of a pod's first containers, by their number.
+pub(crate) fn serials(container: usize) -> [String; 2] {
+    [format!("image{container}"), format!("rw{container}")]
+}
 
 /// An image ready to run.
 #[derive(Debug)]
@@ -25,11 +25,12 @@ pub(crate) struct Resolved {
 }
 
 /// Finds the image, or imports it if `reference` is a path, and makes a writable layer of `disk_size`
-/// bytes, which has no name and is gone with the pod.
+/// bytes, which has no name and is gone with the pod. `container` numbers the pod's first containers.
 pub(crate) fn resolve(
     store: &StoreArgs,
     reference: &str,
     disk_size: u64,
+    container: usize,
 ) -> Result<Resolved, Failure> {
     let store = store.open().map_err(Failure::new)?;
     let record = store
@@ -40,18 +41,19 @@ pub(crate) fn resolve(
         let file = NamedFile::open("image's file", &path).map_err(Failure::new)?;
         parts.push((file, Some(size)));
     }
+    let [image_serial, writable_serial] = serials(container);
     let image = PodDisk {
-        serial: IMAGE_SERIAL.to_owned(),
+        serial: image_serial,
         parts,
         read_only: true,
     };
     Ok(Resolved {
         process: image_process(record.config),
-        disks: vec![image, writable(&store, disk_size)?],
+        disks: vec![image, writable(&store, writable_serial, disk_size)?],
     })
 }
 
-fn writable(store: &Store, size: u64) -> Result<PodDisk, Failure> {
+fn writable(store: &Store, serial: String, size: u64) -> Result<PodDisk, Failure> {
     let file = store
         .writable()
         .clone_unnamed(size)
@@ -64,7 +66,7 @@ fn writable(store: &Store, size: u64) -> Result<PodDisk, Failure> {
         path: PathBuf::from("the writable layer"),
     };
     Ok(PodDisk {
-        serial: WRITABLE_SERIAL.to_owned(),
+        serial,
         parts: vec![(file, Some(size))],
         read_only: false,
     })

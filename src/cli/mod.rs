@@ -6,18 +6,24 @@
 mod attach;
 mod bench;
 mod completions;
+mod exec;
 mod failure;
 mod image_disks;
 mod images;
 mod import;
+mod logs;
 mod net;
+mod pod;
 mod pod_net;
+mod pod_spec;
 mod process;
+mod ps;
 mod rmi;
 mod run;
 mod signals;
 mod size;
 mod stdio;
+mod stop;
 mod terminal;
 mod timeline;
 
@@ -45,6 +51,11 @@ struct Cli {
 #[derive(Debug, Subcommand)]
 enum Command {
     Run(Box<run::RunArgs>),
+    Pod(Box<pod::PodArgs>),
+    Ps(ps::PsArgs),
+    Exec(Box<exec::ExecArgs>),
+    Logs(logs::LogsArgs),
+    Stop(stop::StopArgs),
     Images(images::Args),
     Import(import::Args),
     Rmi(rmi::Args),
@@ -82,6 +93,11 @@ pub fn main() -> ExitCode {
 fn dispatch(command: Command, origin: u64) -> Result<ExitCode, Failure> {
     match command {
         Command::Run(arguments) => run::run(*arguments, origin).map(ExitCode::from),
+        Command::Pod(arguments) => pod::run(*arguments),
+        Command::Ps(arguments) => ps::run(&arguments),
+        Command::Exec(arguments) => exec::run(*arguments).map(ExitCode::from),
+        Command::Logs(arguments) => logs::run(&arguments),
+        Command::Stop(arguments) => stop::run(&arguments),
         Command::Images(arguments) => images::run(arguments).map_err(Failure::new),
         Command::Import(arguments) => import::run(arguments).map_err(Failure::new),
         Command::Rmi(arguments) => rmi::run(arguments).map_err(Failure::new),

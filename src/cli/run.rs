@@ -144,7 +144,7 @@ pub(crate) fn run(mut arguments: RunArgs, origin: u64) -> Result<u8, Failure> {
     // From here on a signal is the container's, and nothing is left behind by one that comes early.
     let signals = Signals::catch().map_err(Failure::new)?;
     let format = arguments.timeline;
-    let image = image_disks::resolve(&arguments.store, &arguments.image, arguments.disk_size)?;
+    let image = image_disks::resolve(&arguments.store, &arguments.image, arguments.disk_size, 0)?;
     timeline.mark("image resolved");
     let interactive = arguments.interactive;
     let base = base_directory().map_err(Failure::new)?;
@@ -184,11 +184,12 @@ fn request(
     let install = Install::find(arguments.kernel.as_deref()).map_err(Failure::new)?;
     let process = container_process(arguments, &image).map_err(Failure::usage)?;
     let stdio = stdio(arguments).map_err(Failure::new)?;
+    let [image_serial, writable_serial] = image_disks::serials(0);
     let container = ContainerSpec {
         id: CONTAINER.to_owned(),
         rootfs: RootFs {
-            image: image_disks::IMAGE_SERIAL.to_owned(),
-            writable: Some(image_disks::WRITABLE_SERIAL.to_owned()),
+            image: image_serial,
+            writable: Some(writable_serial),
             read_only: arguments.read_only,
         },
         process: ProcessSpec {

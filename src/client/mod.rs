@@ -12,14 +12,19 @@
 //! - [`run_dir`]: the directory of a pod that lives, removed at its end, also after a crash.
 //! - [`vmm_process`]: `cube-vmm` as a child process.
 //! - [`pod`]: both, with the agent's session.
+//! - [`detached`]: a pod that outlives its command, and finding it again.
+//! - [`api`]: the pod API of such a pod.
 //! - [`install`]: where kernel, init and VMM are.
 
+pub mod api;
 pub(crate) mod capture;
+pub mod detached;
 pub mod install;
 pub mod pod;
 pub mod run_dir;
 pub mod vmm_process;
 
+pub use api::{ApiError, PodApi};
 pub use install::{Install, InstallError, NamedFile};
 pub use pod::{Pod, PodDisk, PodError, PodEvent, PodNet, PodRequest};
 pub use run_dir::{RunDirError, base_directory};

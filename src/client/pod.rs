@@ -233,7 +233,7 @@ pub fn new_id() -> io::Result<String> {
     Ok(format!("{:016x}", new_token()?)[..12].to_owned())
 }
 
-fn machine_spec(
+pub(super) fn machine_spec(
     request: PodRequest,
     vsock: PathBuf,
     inherited: &mut Inherited,

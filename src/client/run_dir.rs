@@ -82,7 +82,8 @@ pub fn base_directory() -> Result<PathBuf, RunDirError> {
 #[derive(Debug)]
 pub struct RunDir {
     path: PathBuf,
-    _lock: File,
+    /// Absent once the directory has another owner.
+    lock: Option<File>,
 }
 
 impl RunDir {
@@ -103,19 +104,53 @@ impl RunDir {
             .named("lock", &path)?
             .expect("nobody else locks under the base's lock");
         drop(base_lock);
-        Ok(Self { path, _lock: lock })
+        Ok(Self {
+            path,
+            lock: Some(lock),
+        })
     }
 
     /// Where it is.
     pub fn path(&self) -> &Path {
         &self.path
     }
+
+    /// A copy of the lock, for a process to inherit: it holds as long as any copy is open.
+    pub(crate) fn lock_copy(&self) -> io::Result<File> {
+        let lock = self.lock.as_ref().map(File::try_clone);
+        lock.unwrap_or_else(|| Err(io::Error::other("the directory has another owner")))
+    }
+
+    /// Leaves the directory to the process that inherited the lock.
+    pub(crate) fn hand_over(mut self) {
+        self.lock = None;
+    }
+}
+
+/// The pods that live under `base`, by name, after what dead ones have left was removed.
+///
+/// # Errors
+/// The base belongs to somebody else, or an operation on it fails; the file is named.
+pub fn living(base: &Path) -> Result<Vec<String>, RunDirError> {
+    make_base(base)?;
+    let _base_lock = lock_base(base)?;
+    sweep(base)?;
+    let mut names = Vec::new();
+    for entry in fs::read_dir(base).named("list", base)?.flatten() {
+        if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            names.extend(entry.file_name().into_string());
+        }
+    }
+    names.sort();
+    Ok(names)
 }
 
 impl Drop for RunDir {
     fn drop(&mut self) {
-        // What cannot be removed now is swept by the next pod.
-        let _ = fs::remove_dir_all(&self.path);
+        if self.lock.is_some() {
+            // What cannot be removed now is swept by the next pod.
+            let _ = fs::remove_dir_all(&self.path);
+        }
     }
 }
 

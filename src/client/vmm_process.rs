@@ -140,7 +140,7 @@ impl VmmProcess {
             pass(&mut command, "--timeline-fd", writer.as_raw_fd());
             command.arg("--count-exits");
         }
-        inherit(&mut command, passed);
+        inherit(&mut command, passed, false);
         let child = command.spawn().map_err(|source| VmmError::Spawn {
             path: program.to_owned(),
             source,
@@ -224,6 +224,69 @@ impl Drop for VmmProcess {
     }
 }
 
+/// Starts `program` as a process that outlives this one, with `spec`, the pod described by `pod`, and the
+/// descriptors in `inherited` and `others`. Returns what it says: a file in memory, because nobody is
+/// sure to be there to read a pipe.
+pub(crate) fn start_detached(
+    program: &Path,
+    spec: &MachineSpec,
+    pod: &[u8],
+    inherited: Inherited,
+    others: &[RawFd],
+) -> Result<Messages, VmmError> {
+    let spec_file = memory_file(&serde_json::to_vec(spec)?)?;
+    let pod_file = memory_file(pod)?;
+    let messages = memory_file(&[])?;
+    let names = inherited.names();
+    let mut passed: Vec<RawFd> = names.iter().map(|(fd, _)| *fd).collect();
+    passed.extend(others);
+    let mut command = Command::new(program);
+    command
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(messages.try_clone()?);
+    let given = [("--spec-fd", &spec_file), ("--pod-fd", &pod_file)];
+    for (option, file) in given {
+        command.args([option, &file.as_raw_fd().to_string()]);
+        passed.push(file.as_raw_fd());
+    }
+    inherit(&mut command, passed, true);
+    let child = command.spawn().map_err(|source| VmmError::Spawn {
+        path: program.to_owned(),
+        source,
+    })?;
+    Ok(Messages {
+        file: messages,
+        names,
+        child,
+    })
+}
+
+/// What a detached process said.
+#[derive(Debug)]
+pub(crate) struct Messages {
+    file: File,
+    names: Vec<(RawFd, PathBuf)>,
+    child: Child,
+}
+
+impl Messages {
+    /// All of it, printable, once the process has ended: for one whose API was seen to close.
+    pub(crate) fn at_the_end(mut self) -> String {
+        // It cannot be waited for only if it was waited for.
+        let _ = self.child.wait();
+        let mut bytes = Vec::new();
+        let read = io::Seek::rewind(&mut self.file).and_then(|()| {
+            let limit = KEEP_MESSAGES as u64;
+            io::Read::read_to_end(&mut io::Read::take(&mut self.file, limit), &mut bytes)
+        });
+        match read {
+            Ok(_) => with_names(&printable(&String::from_utf8_lossy(&bytes)), &self.names),
+            Err(error) => format!("cube-vmm ended; its messages cannot be read: {error}"),
+        }
+    }
+}
+
 /// A sealed-off file in memory with `content`, positioned at its start.
 fn memory_file(content: &[u8]) -> io::Result<File> {
     let mut file = File::from(memfd_create("cube-spec", MemfdFlags::CLOEXEC)?);
@@ -232,9 +295,12 @@ fn memory_file(content: &[u8]) -> io::Result<File> {
     Ok(file)
 }
 
-/// Lets `descriptors` through exec: in the child alone, so that no other child of this process gets them.
-fn inherit(command: &mut Command, descriptors: Vec<RawFd>) {
+/// Lets `descriptors` through exec, in a session of its own if so wanted: in the child alone, so that no other child of this process gets them.
+fn inherit(command: &mut Command, descriptors: Vec<RawFd>, new_session: bool) {
     let in_child = move || {
+        if new_session {
+            rustix::process::setsid()?;
+        }
         for descriptor in &descriptors {
             // SAFETY: `VmmProcess::start` holds the files open until after the spawn, and the child
             // has a copy of its descriptor table.

@@ -6,13 +6,26 @@
 //!
 //! - [`session`]: the state machine that turns control frames into [`SessionEvent`]s.
 //! - [`listen`]: the two sockets at which a vsock device delivers what the guest dials.
+//! - [`supervisor`]: the pod process's own loop: machine, session and API in one.
+//! - [`api`]: the HTTP server; `serve`: what each route does; `pending`: what waits for the agent.
+//! - `container`: containers and execs; `channel`: the bytes of one stream; `log_file`: logs in CRI format.
+//! - [`event_log`]: what happened; `feed`: bodies that go on.
 //! - `frames`: control frames out of a non-blocking connection.
 //! - `pairing`: streams matched to their owners by token.
 
+pub mod api;
+pub(crate) mod channel;
+pub(crate) mod container;
+pub mod event_log;
+pub(crate) mod feed;
 pub(crate) mod frames;
 pub mod listen;
+pub(crate) mod log_file;
 pub(crate) mod pairing;
+pub(crate) mod pending;
+pub(crate) mod serve;
 pub mod session;
+pub mod supervisor;
 
 pub use listen::{ListenError, Ports};
 pub use pairing::new_token;

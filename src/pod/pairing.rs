@@ -80,6 +80,11 @@ impl Pairing {
         self.expected.insert(token);
     }
 
+    /// No stream with `token` will come.
+    pub(crate) fn forget(&mut self, token: u64) {
+        self.expected.remove(&token);
+    }
+
     /// Takes a connection in.
     pub(crate) fn adopt(&mut self, stream: UnixStream) -> io::Result<()> {
         stream.set_nonblocking(true)?;

@@ -115,6 +115,13 @@ pub enum SessionEvent {
         /// The stream.
         stream: UnixStream,
     },
+    /// An exec's process ended. Its output may still be on its way.
+    ExecExited {
+        /// The exec's id.
+        exec: String,
+        /// How; the reason in it is the guest's text, made printable.
+        status: ExitStatus,
+    },
     /// The answer to a request.
     Reply {
         /// What [`Session::request`] returned.
@@ -154,9 +161,40 @@ pub struct Session {
     incoming: FrameReader,
     outgoing: FrameWriter,
     containers: BTreeMap<String, Phase>,
+    /// Execs that have not ended.
+    execs: BTreeSet<String>,
     pairing: Pairing,
     next_id: u64,
-    unanswered: BTreeSet<u64>,
+    unanswered: BTreeMap<u64, Expects>,
+}
+
+/// What the answer to a request changes here.
+#[derive(Debug)]
+enum Expects {
+    /// A refused start: the container never was, its streams never come.
+    Start(String, Vec<u64>),
+    /// A refused exec, likewise.
+    Exec(String, Vec<u64>),
+    /// A container that is forgotten when that is done.
+    Remove(String),
+    /// Streams that do not come when it is refused.
+    Streams(Vec<u64>),
+}
+
+impl Expects {
+    fn of(request: &HostRequest) -> Self {
+        match request {
+            HostRequest::Start(spec) => Self::Start(spec.id.clone(), tokens(&spec.process.stdio)),
+            HostRequest::Exec { exec, process, .. } => {
+                Self::Exec(exec.clone(), tokens(&process.stdio))
+            }
+            HostRequest::Remove { container } => Self::Remove(container.clone()),
+            HostRequest::WriteFiles { token, .. }
+            | HostRequest::ReadFile { token, .. }
+            | HostRequest::Forward { token, .. } => Self::Streams(vec![*token]),
+            _ => Self::Streams(Vec::new()),
+        }
+    }
 }
 
 impl Session {
@@ -168,9 +206,10 @@ impl Session {
             incoming: FrameReader::default(),
             outgoing: FrameWriter::default(),
             containers: BTreeMap::new(),
+            execs: BTreeSet::new(),
             pairing: Pairing::default(),
             next_id: 1,
-            unanswered: BTreeSet::new(),
+            unanswered: BTreeMap::new(),
         };
         for container in &spec.containers {
             session.expect_container(&container.id, &container.process.stdio);
@@ -180,9 +219,33 @@ impl Session {
 
     fn expect_container(&mut self, id: &str, stdio: &Stdio) {
         self.containers.insert(id.to_owned(), Phase::Starting);
-        for token in tokens(stdio) {
-            self.pairing.expect(token);
-        }
+        self.expect_streams(&tokens(stdio));
+    }
+
+    fn expect_streams(&mut self, tokens: &[u64]) {
+        tokens.iter().for_each(|token| self.pairing.expect(*token));
+    }
+
+    fn answered(&mut self, expects: Expects, done: bool) {
+        let tokens = match expects {
+            Expects::Remove(container) => {
+                if done {
+                    self.containers.remove(&container);
+                }
+                return;
+            }
+            _ if done => return,
+            Expects::Start(container, tokens) => {
+                self.containers.remove(&container);
+                tokens
+            }
+            Expects::Exec(exec, tokens) => {
+                self.execs.remove(&exec);
+                tokens
+            }
+            Expects::Streams(tokens) => tokens,
+        };
+        tokens.iter().for_each(|token| self.pairing.forget(*token));
     }
 
     /// Takes the control connection. The first one counts: the agent dials before any container
@@ -241,19 +304,25 @@ impl Session {
         if self.state != State::Ready {
             return Err(SessionError::NotReady);
         }
-        let started = match &request {
-            HostRequest::Start(spec) => Some((spec.id.clone(), spec.process.stdio.clone())),
-            _ => None,
-        };
+        let expects = Expects::of(&request);
         let id = self.next_id;
         if !self.outgoing.push(&HostMessage { id, request })? {
             return Err(SessionError::Behind);
         }
         self.next_id = self.next_id.wrapping_add(1);
-        self.unanswered.insert(id);
-        if let Some((container, stdio)) = started {
-            self.expect_container(&container, &stdio);
+        match &expects {
+            Expects::Start(container, tokens) => {
+                self.containers.insert(container.clone(), Phase::Starting);
+                self.expect_streams(tokens);
+            }
+            Expects::Exec(exec, tokens) => {
+                self.execs.insert(exec.clone());
+                self.expect_streams(tokens);
+            }
+            Expects::Streams(tokens) => self.expect_streams(tokens),
+            Expects::Remove(_) => {}
         }
+        self.unanswered.insert(id, expects);
         self.flush()?;
         Ok(id)
     }
@@ -321,9 +390,10 @@ impl Session {
             (State::Greeting, _) => Err(SessionError::NoHello),
             (_, GuestMessage::Hello { .. }) => Err(out_of_order("a second greeting")),
             (_, GuestMessage::Reply { id, result }) => {
-                if !self.unanswered.remove(&id) {
+                let Some(expects) = self.unanswered.remove(&id) else {
                     return Err(out_of_order(&format!("a reply to no request ({id})")));
-                }
+                };
+                self.answered(expects, result.is_ok());
                 let result = result.map_err(|sentence| printable(&sentence));
                 Ok(SessionEvent::Reply { id, result })
             }
@@ -347,24 +417,20 @@ impl Session {
                 self.advance(&container, Phase::Running)?;
                 Ok(SessionEvent::Started { container })
             }
-            GuestEvent::OomKilled { container } => match self.containers.get(&container) {
-                Some(Phase::Starting | Phase::Running) => Ok(SessionEvent::OomKilled { container }),
-                _ => Err(out_of_order(
-                    "the OOM killer in a container that is not live",
-                )),
-            },
-            GuestEvent::ExecExited { .. } => {
-                Err(out_of_order("an event of something that was not asked for"))
+            GuestEvent::ExecExited { exec, status } => {
+                if !self.execs.remove(&exec) {
+                    return Err(out_of_order("an end of an exec that does not run"));
+                }
+                let status = printable_status(status);
+                Ok(SessionEvent::ExecExited { exec, status })
             }
+            GuestEvent::OomKilled { container } if self.containers.contains_key(&container) => {
+                Ok(SessionEvent::OomKilled { container })
+            }
+            GuestEvent::OomKilled { .. } => Err(out_of_order("an OOM kill in a stranger")),
             GuestEvent::Exited { container, status } => {
                 self.advance(&container, Phase::Exited)?;
-                let status = match status {
-                    ExitStatus::NotStarted { code, reason } => ExitStatus::NotStarted {
-                        code,
-                        reason: printable(&reason),
-                    },
-                    status => status,
-                };
+                let status = printable_status(status);
                 Ok(SessionEvent::Exited { container, status })
             }
         }
@@ -402,6 +468,16 @@ fn tokens(stdio: &Stdio) -> Vec<u64> {
             .copied()
             .collect(),
         Stdio::Terminal { token, .. } => vec![*token],
+    }
+}
+
+fn printable_status(status: ExitStatus) -> ExitStatus {
+    match status {
+        ExitStatus::NotStarted { code, reason } => ExitStatus::NotStarted {
+            code,
+            reason: printable(&reason),
+        },
+        status => status,
     }
 }
 

@@ -44,6 +44,8 @@ enum CommandError {
     Inherited(&'static str, RawFd, io::Error),
     #[error(transparent)]
     Machine(#[from] MachineError),
+    #[error("cannot serve the pod: {0}")]
+    Pod(String),
     #[error("cannot wait for events: {0}")]
     Events(#[source] io::Error),
 }
@@ -57,12 +59,27 @@ impl CommandError {
     }
 }
 
+/// What `main` does while the machine runs, if it is to do more than to wait for the end.
+pub trait Attendant {
+    /// Attends to `machine` until there is a reason to stop it: an end that it reported, or one returned.
+    ///
+    /// # Errors
+    /// The host cannot go on.
+    fn attend(&mut self, machine: &Running, signals: &StopSignals) -> io::Result<End>;
+
+    /// The machine has ended: the last thing that happens.
+    fn ended(self: Box<Self>, end: &End);
+}
+
+/// Makes the attendant out of the descriptor given with `--pod-fd`, before the machine is built.
+pub type Attend = fn(File) -> Result<Box<dyn Attendant>, String>;
+
 /// Runs the command and returns its exit status (see [`crate::vmm::exit`]).
-pub fn main(arguments: impl Iterator<Item = std::ffi::OsString>) -> ExitCode {
+pub fn main(arguments: impl Iterator<Item = std::ffi::OsString>, attend: Attend) -> ExitCode {
     let started = now();
     match arguments::parse(arguments)
         .map_err(CommandError::from)
-        .and_then(|a| act(a, started))
+        .and_then(|a| act(a, started, attend))
     {
         Ok(status) => ExitCode::from(status),
         Err(error) => {
@@ -77,18 +94,18 @@ fn complain(sentence: &str) {
     let _ = io::stderr().write_all(format!("cube-vmm: {sentence}\n").as_bytes());
 }
 
-fn act(action: Action, started: u64) -> Result<u8, CommandError> {
+fn act(action: Action, started: u64, attend: Attend) -> Result<u8, CommandError> {
     match action {
         Action::Print(text) => {
             // Whoever asked for the text has gone.
             let _ = io::stdout().write_all(text.as_bytes());
             Ok(0)
         }
-        Action::Run(arguments) => run(*arguments, started),
+        Action::Run(arguments) => run(*arguments, started, attend),
     }
 }
 
-fn run(arguments: Arguments, started: u64) -> Result<u8, CommandError> {
+fn run(arguments: Arguments, started: u64, attend: Attend) -> Result<u8, CommandError> {
     // Inherited descriptors first: later ones of ours may get any number that is free.
     let inherited = |what, fd: Option<RawFd>| -> Result<Option<OwnedFd>, CommandError> {
         fd.map(|fd| files::inherited(fd).map_err(|e| CommandError::Inherited(what, fd, e)))
@@ -96,6 +113,7 @@ fn run(arguments: Arguments, started: u64) -> Result<u8, CommandError> {
     };
     let output = inherited("--timeline-fd", arguments.timeline_fd)?.map(File::from);
     let lifetime = inherited("--lifetime-fd", arguments.lifetime_fd)?;
+    let pod = inherited("--pod-fd", arguments.pod_fd)?.map(File::from);
     let spec_text = read_spec(&arguments.spec)?;
     let timeline = Arc::new(Timeline::new(output));
     if let Some(exec) = arguments.started_at {
@@ -109,12 +127,20 @@ fn run(arguments: Arguments, started: u64) -> Result<u8, CommandError> {
         return Ok(0);
     }
     let signals = StopSignals::new().map_err(CommandError::Events)?;
+    let attendant = pod.map(attend).transpose().map_err(CommandError::Pod)?;
     let machine = Machine::build(&spec, &timeline, arguments.count_exits)?;
     thread::begin(Role::Main).map_err(CommandError::Events)?;
     let running = machine.start()?;
-    let cause = wait(&running, &signals, lifetime.as_ref());
+    let Some(mut attendant) = attendant else {
+        let cause = wait(&running, &signals, lifetime.as_ref());
+        let end = running.stop(cause.unwrap_or_else(|error| End::Device(error.to_string())));
+        return Ok(explain(&end, &spec));
+    };
+    let cause = attendant.attend(&running, &signals);
     let end = running.stop(cause.unwrap_or_else(|error| End::Device(error.to_string())));
-    Ok(explain(&end, &spec))
+    let status = explain(&end, &spec);
+    attendant.ended(&end);
+    Ok(status)
 }
 
 fn read_spec(source: &Source) -> Result<Vec<u8>, CommandError> {

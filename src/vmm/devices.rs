@@ -102,7 +102,11 @@ fn open_net(spec: &NetSpec) -> Result<Net<Tap>, DeviceError> {
     Net::new(identity, tap, limits).map_err(|error| fault(error.into()))
 }
 
-fn open_disk(spec: &DiskSpec) -> Result<Disk, DeviceError> {
+/// Opens the files of one disk.
+///
+/// # Errors
+/// The file that is not to be had, or what keeps the files from being a disk.
+pub fn open_disk(spec: &DiskSpec) -> Result<Disk, DeviceError> {
     let role = format!("file of disk {}", spec.serial);
     let mut files = Vec::new();
     for part in &spec.parts {

@@ -53,6 +53,9 @@ pub enum End {
     /// A device of ours lost its backing.
     #[error("a device failed: {0}")]
     Device(String),
+    /// What attends to the machine cannot go on with it.
+    #[error("the pod cannot go on: {0}")]
+    Pod(String),
     /// Somebody on the host ended it.
     #[error("the machine was stopped by {0}")]
     Stopped(StopCause),
@@ -84,7 +87,7 @@ impl End {
     pub fn status(&self) -> u8 {
         match self {
             Self::PowerOff => 0,
-            Self::Device(_) => 1,
+            Self::Device(_) | Self::Pod(_) => 1,
             Self::Reset => 64,
             Self::Panic => 65,
             Self::TripleFault { .. } => 66,

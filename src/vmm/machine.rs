@@ -30,11 +30,12 @@ use crate::vmm::ports::Ports;
 use crate::vmm::seccomp;
 use crate::vmm::serial::{self, Serial};
 use crate::vmm::slots::Slots;
-use crate::vmm::spec::ValidSpec;
+use crate::vmm::spec::{DiskSpec, ValidSpec};
 use crate::vmm::stats::Stats;
 use crate::vmm::thread::{self, Role};
 use crate::vmm::timeline::{Stage, Timeline};
 use crate::vmm::vcpu::{self, Platform, VcpuThread};
+use crate::vmm::virtio::blk::Blk;
 use crate::vmm::virtio::net::NetControl;
 use crate::vmm::worker::{Worker, WorkerError};
 
@@ -262,6 +263,15 @@ impl Running {
                 .ending
                 .report(End::Device(failure.error.to_string()));
         }
+    }
+
+    /// Puts a disk into an empty slot while the machine runs; returns the slot's number.
+    ///
+    /// # Errors
+    /// A file cannot be opened, or no slot is empty.
+    pub fn attach_disk(&self, disk: &DiskSpec) -> Result<usize, DeviceError> {
+        let device = Box::new(Blk::new(devices::open_disk(disk)?));
+        Ok(self.slots.attach(device)?.slot)
     }
 
     /// The virtio-mmio slots, to attach devices to and detach them from while the machine runs.

@@ -31,7 +31,20 @@ fn assert_snapshot(name: &str, arguments: &[&str]) {
 fn help_is_as_reviewed() {
     assert_snapshot("cube", &["--help"]);
     assert_snapshot("net-ls", &["net", "ls", "--help"]);
-    for command in ["run", "images", "import", "rmi", "bench", "completions"] {
+    assert_snapshot("pod-run", &["pod", "run", "--help"]);
+    for command in [
+        "run",
+        "pod",
+        "ps",
+        "exec",
+        "logs",
+        "stop",
+        "images",
+        "import",
+        "rmi",
+        "bench",
+        "completions",
+    ] {
         assert_snapshot(command, &[command, "--help"]);
     }
 }

@@ -202,6 +202,26 @@ impl Machine {
             .collect()
     }
 
+    /// The directory for pods.
+    pub(crate) fn run_directory(&self) -> &Path {
+        self.run_directory.path()
+    }
+
+    /// The image store.
+    pub(crate) fn store(&self) -> &Path {
+        &self.store
+    }
+
+    /// Waits until every process that was started in this place has ended.
+    pub(crate) fn wait_for_processes(&self) {
+        for (pid, _) in self.processes() {
+            // One that has ended cannot be opened.
+            if let Ok(pidfd) = pidfd_open(Pid::from_raw(pid).unwrap(), PidfdFlags::empty()) {
+                wait_for_end(&pidfd);
+            }
+        }
+    }
+
     /// No process, no pod directory.
     pub(crate) fn assert_nothing_left(&self) {
         assert_eq!(self.processes(), [], "processes left behind");

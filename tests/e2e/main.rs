@@ -8,6 +8,7 @@ mod archive;
 mod fixture;
 mod guest;
 
+mod background;
 mod ends;
 mod environment;
 mod execs;

@@ -18,6 +18,7 @@ Usage: cube-vmm (--spec-fd N | --spec FILE) [OPTIONS]
   --started-at NS   CLOCK_MONOTONIC at which the caller started this program: the timeline's first stage
   --count-exits     add the vCPUs' exits, by reason, to the timeline's stages from init on
   --lifetime-fd N   stop the machine when the other end of this pipe or socket is closed
+  --pod-fd N        serve the pod described (JSON) on inherited descriptor N; not with --lifetime-fd
   --help, --version
 
 Exit status: 0 the guest powered off, 1 the host failed, 2 wrong arguments or spec, 64 the guest reset,
@@ -56,6 +57,7 @@ pub(super) struct Arguments {
     pub(super) started_at: Option<u64>,
     pub(super) count_exits: bool,
     pub(super) lifetime_fd: Option<RawFd>,
+    pub(super) pod_fd: Option<RawFd>,
 }
 
 /// What is wrong with the arguments.
@@ -71,6 +73,10 @@ pub(super) enum ArgumentError {
     Twice(&'static str),
     #[error("descriptor {0} was given for two things")]
     SharedDescriptor(RawFd),
+    #[error(
+        "--pod-fd and --lifetime-fd exclude each other: a pod outlives the command that started it"
+    )]
+    TwoLives,
     #[error("no spec was given: --spec-fd or --spec is needed")]
     NoSpec,
 }
@@ -97,6 +103,7 @@ pub(super) fn parse(
     mut arguments: impl Iterator<Item = OsString>,
 ) -> Result<Action, ArgumentError> {
     let (mut spec, mut timeline_fd, mut started_at, mut lifetime_fd) = (None, None, None, None);
+    let mut pod_fd = None;
     let (mut check, mut count_exits) = (false, false);
     while let Some(argument) = arguments.next() {
         match argument.to_str() {
@@ -141,6 +148,13 @@ pub(super) fn parse(
                     number("--lifetime-fd", arguments.next())?,
                 )?;
             }
+            Some("--pod-fd") => {
+                once(
+                    &mut pod_fd,
+                    "--pod-fd",
+                    number("--pod-fd", arguments.next())?,
+                )?;
+            }
             Some("--check") => check = true,
             Some("--count-exits") => count_exits = true,
             _ => return Err(ArgumentError::Unknown(argument)),
@@ -151,7 +165,8 @@ pub(super) fn parse(
         Source::Fd(fd) => Some(fd),
         _ => None,
     };
-    check_distinct([spec_fd, timeline_fd, lifetime_fd])?;
+    check_one_life(lifetime_fd, pod_fd)?;
+    check_distinct([spec_fd, timeline_fd, lifetime_fd, pod_fd])?;
     let run = Arguments {
         spec,
         check,
@@ -159,12 +174,21 @@ pub(super) fn parse(
         started_at,
         count_exits,
         lifetime_fd,
+        pod_fd,
     };
     Ok(Action::Run(Box::new(run)))
 }
 
+/// A pod outlives the command that started it.
+fn check_one_life(lifetime: Option<RawFd>, pod: Option<RawFd>) -> Result<(), ArgumentError> {
+    match (lifetime, pod) {
+        (Some(_), Some(_)) => Err(ArgumentError::TwoLives),
+        _ => Ok(()),
+    }
+}
+
 /// Each inherited descriptor gets one owner.
-fn check_distinct(fds: [Option<RawFd>; 3]) -> Result<(), ArgumentError> {
+fn check_distinct(fds: [Option<RawFd>; 4]) -> Result<(), ArgumentError> {
     let mut given: Vec<RawFd> = fds.into_iter().flatten().collect();
     given.sort_unstable();
     match given.windows(2).find(|pair| pair.first() == pair.last()) {
@@ -191,6 +215,7 @@ mod tests {
             started_at: Some(12),
             count_exits: true,
             lifetime_fd: Some(5),
+            pod_fd: None,
         };
         assert_eq!(parse_line(line), Ok(Action::Run(Box::new(expected))));
     }
@@ -218,6 +243,8 @@ mod tests {
                 "--spec-fd 4 --lifetime-fd 4",
                 "descriptor 4 was given for two things",
             ),
+            ("--spec a --pod-fd 4 --lifetime-fd 5", "exclude each other"),
+            ("--spec-fd 4 --pod-fd 4", "was given for two things"),
             ("--spec a -v", "unknown argument \"-v\""),
         ] {
             let error = parse_line(line).unwrap_err().to_string();

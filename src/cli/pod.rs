@@ -1,0 +1,170 @@
+//! `cube pod run`: a pod from a specification as Kubernetes writes it, which outlives this command.
+#![forbid(unsafe_code)]
+
+use std::io::{self, Read};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use clap::{Args, Subcommand};
+use cube_guest::{ContainerSpec, PidNamespace, PodSpec, ProcessSpec, RootFs, SecuritySpec, Stdio};
+
+use super::failure::Failure;
+use super::image_disks;
+use super::images::{StoreArgs, print};
+use super::pod_spec::{self, Container};
+use super::process::process;
+use super::size::parse_memory;
+use crate::client::detached::Detached;
+use crate::client::{Install, PodDisk, PodRequest, base_directory};
+use crate::pod::new_token;
+
+/// Start pods of several containers.
+#[derive(Debug, Args)]
+pub(crate) struct PodArgs {
+    #[command(subcommand)]
+    command: PodCommand,
+}
+
+#[derive(Debug, Subcommand)]
+enum PodCommand {
+    Run(RunArgs),
+}
+
+/// Start a pod in the background, and print its name.
+///
+/// The specification is a Kubernetes Pod (apiVersion v1) in YAML or JSON. What Cube does not obey is refused
+/// by name.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  cube pod run web.yaml
+  cube pod run --memory 512M --log-dir /var/log/web web.yaml
+  cube exec web -- hostname
+  cube stop web")]
+struct RunArgs {
+    /// vCPUs of the machine, 1 to 32.
+    #[arg(long, default_value_t = 1, value_name = "N",
+          value_parser = clap::value_parser!(u8).range(1..=32))]
+    cpus: u8,
+
+    /// Memory of the machine: a number and a unit (128M, 64MiB, 1G).
+    #[arg(long, short, default_value = "128M", value_name = "SIZE", value_parser = parse_memory)]
+    memory: u32,
+
+    /// Size of each container's writable layer.
+    #[arg(long, default_value = "1G", value_name = "SIZE",
+          value_parser = super::size::parse_bytes)]
+    disk_size: u64,
+
+    /// Directory for the containers' logs; otherwise they go with the pod.
+    #[arg(long, value_name = "DIR")]
+    log_dir: Option<PathBuf>,
+
+    /// Guest kernel, an ELF vmlinux; otherwise CUBE_KERNEL or /usr/lib/cube/vmlinux.
+    #[arg(long, value_name = "FILE")]
+    kernel: Option<PathBuf>,
+
+    #[command(flatten)]
+    store: StoreArgs,
+
+    /// The specification; `-` is standard input.
+    #[arg(value_name = "SPEC.yaml")]
+    spec: PathBuf,
+}
+
+/// Runs `cube pod`.
+pub(crate) fn run(arguments: PodArgs) -> Result<ExitCode, Failure> {
+    let PodCommand::Run(arguments) = arguments.command;
+    let text = read(&arguments.spec)?;
+    let pod = pod_spec::parse(&text)
+        .map_err(|error| Failure::usage(format!("{}: {error}", arguments.spec.display())))?;
+    let id = pod.metadata.name.clone();
+    let (mut disks, mut containers) = (Vec::new(), Vec::new());
+    for (index, container) in pod.spec.containers.iter().enumerate() {
+        let (spec, of_it) = resolve(&arguments, container, index)?;
+        disks.extend(of_it);
+        containers.push(ContainerSpec {
+            pid_namespace: match pod.spec.share_process_namespace {
+                true => PidNamespace::Pod,
+                false => PidNamespace::Container,
+            },
+            ..spec
+        });
+    }
+    let request = PodRequest {
+        install: Install::find(arguments.kernel.as_deref()).map_err(Failure::new)?,
+        cpus: arguments.cpus,
+        memory_mib: arguments.memory,
+        disks,
+        nets: Vec::new(),
+        console: None,
+        guest: PodSpec {
+            hostname: pod.spec.hostname.unwrap_or_else(|| id.clone()),
+            containers,
+            ..PodSpec::default()
+        },
+        timeline: false,
+        id: id.clone(),
+    };
+    let base = base_directory().map_err(Failure::new)?;
+    let log_directory = arguments.log_dir.map(std::path::absolute).transpose();
+    let log_directory = log_directory.map_err(Failure::usage)?;
+    let started = Detached::start(&base, request, log_directory).map_err(Failure::new)?;
+    started.wait_ready().map_err(Failure::new)?;
+    Ok(print(&format!("{id}\n")))
+}
+
+fn read(path: &Path) -> Result<String, Failure> {
+    let failed = |error| Failure::usage(format!("cannot read {}: {error}", path.display()));
+    if path == Path::new("-") {
+        let mut text = String::new();
+        io::stdin().read_to_string(&mut text).map_err(failed)?;
+        return Ok(text);
+    }
+    std::fs::read_to_string(path).map_err(failed)
+}
+
+fn resolve(
+    arguments: &RunArgs,
+    container: &Container,
+    index: usize,
+) -> Result<(ContainerSpec, Vec<PodDisk>), Failure> {
+    let resources = container.resources().map_err(Failure::usage)?;
+    let (image, disk_size) = (&container.image, arguments.disk_size);
+    let resolved = image_disks::resolve(&arguments.store, image, disk_size, index)?;
+    let (command, options) = container.options();
+    let mut of_image = resolved.process;
+    if !command.is_empty() {
+        of_image.entrypoint = command;
+        of_image.command = Vec::new();
+    }
+    let process = process(image, of_image, options, |_| None).map_err(Failure::usage)?;
+    let token = || new_token().map_err(Failure::new);
+    let stdio = Stdio::Pipes {
+        stdin: None,
+        stdout: Some(token()?),
+        stderr: Some(token()?),
+    };
+    let context = &container.security_context;
+    let [image, writable] = image_disks::serials(index);
+    let spec = ContainerSpec {
+        id: container.name.clone(),
+        rootfs: RootFs {
+            image,
+            writable: Some(writable),
+            read_only: context.read_only_root_filesystem,
+        },
+        process: ProcessSpec {
+            stdio,
+            no_new_privileges: context.allow_privilege_escalation == Some(false),
+            ..process
+        },
+        resources,
+        security: SecuritySpec {
+            privileged: context.privileged,
+            ..SecuritySpec::default()
+        },
+        ..ContainerSpec::default()
+    };
+    Ok((spec, resolved.disks))
+}

@@ -1,0 +1,209 @@
+//! What the API's bodies say: plain data, shared by the server and its clients.
+#![forbid(unsafe_code)]
+
+use std::path::PathBuf;
+
+use cube_guest::{
+    DeviceSpec, ExitStatus, MountSpec, PidNamespace, ProcessSpec, Resources, SecuritySpec,
+    TerminalSize,
+};
+use serde::{Deserialize, Serialize};
+
+/// A container to create. The process's `stdio` is the API's to set and must be absent.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CreateContainer {
+    /// Unique in the pod: 1 to 63 letters, digits, `-`, `_`, `.`, the first a letter or digit.
+    pub id: String,
+    /// Files of the read-only EROFS image disk, laid end to end.
+    pub image: Vec<DiskFile>,
+    /// The ext4 disk for what the container writes; absent: a tmpfs.
+    #[serde(default)]
+    pub writable: Option<DiskFile>,
+    /// Mount the root read-only.
+    #[serde(default)]
+    pub read_only_root: bool,
+    /// Its first process.
+    pub process: ProcessSpec,
+    /// Whether it has a standard input, which ends with the first client's.
+    #[serde(default)]
+    pub stdin: bool,
+    /// A terminal of this size instead of three streams.
+    #[serde(default)]
+    pub terminal: Option<TerminalSize>,
+    /// File for its output in CRI format; absent: `<pod directory>/<id>.log`.
+    #[serde(default)]
+    pub log_path: Option<PathBuf>,
+    /// cgroup limits.
+    #[serde(default)]
+    pub resources: Resources,
+    /// Mounted over the root, in order.
+    #[serde(default)]
+    pub mounts: Vec<MountSpec>,
+    /// Device files besides the usual ones.
+    #[serde(default)]
+    pub devices: Vec<DeviceSpec>,
+    /// What it may do.
+    #[serde(default)]
+    pub security: SecuritySpec,
+    /// Whose PID namespace it has.
+    #[serde(default)]
+    pub pid_namespace: PidNamespace,
+}
+
+/// A file of a disk, opened by the pod process.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DiskFile {
+    /// A raw file or block device.
+    pub path: PathBuf,
+    /// Its size in bytes; absent: as large as it is.
+    #[serde(default)]
+    pub size: Option<u64>,
+}
+
+/// A further process in a running container. Its outputs are read when a client attaches to them.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CreateExec {
+    /// What to run; its `stdio` must be absent.
+    pub process: ProcessSpec,
+    /// Whether it has a standard input, which ends with the first client's.
+    #[serde(default)]
+    pub stdin: bool,
+    /// A terminal of this size instead of three streams.
+    #[serde(default)]
+    pub terminal: Option<TerminalSize>,
+}
+
+/// An exec that was created.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct ExecCreated {
+    /// Its id.
+    pub exec: String,
+}
+
+/// A signal to send.
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Kill {
+    /// Its number, 1 to 64.
+    pub signal: u8,
+    /// To every process of the container.
+    #[serde(default)]
+    pub all: bool,
+}
+
+/// A graceful end.
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Stop {
+    /// Milliseconds between SIGTERM and SIGKILL.
+    #[serde(default = "default_grace")]
+    pub grace_ms: u32,
+}
+
+fn default_grace() -> u32 {
+    10_000
+}
+
+/// How a process ended.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Exit {
+    /// As a shell shows it: 128 + N for signal N.
+    pub exit_code: u8,
+    /// The signal that ended it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub signal: Option<u8>,
+    /// The guest's kernel ended it for want of memory.
+    #[serde(default)]
+    pub oom_killed: bool,
+    /// Why it never ran.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reason: Option<String>,
+}
+
+impl From<&ExitStatus> for Exit {
+    fn from(status: &ExitStatus) -> Self {
+        let (exit_code, signal, oom_killed, reason) = match status {
+            ExitStatus::Code(code) => (*code, None, false, None),
+            ExitStatus::Signal { signal, oom_killed } => {
+                (128 | signal, Some(*signal), *oom_killed, None)
+            }
+            ExitStatus::NotStarted { code, reason } => (*code, None, false, Some(reason.clone())),
+        };
+        Self {
+            exit_code,
+            signal,
+            oom_killed,
+            reason,
+        }
+    }
+}
+
+/// Where a container is in its life.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ContainerState {
+    /// Its disks are being attached.
+    Creating,
+    /// It can be started.
+    Created,
+    /// It was asked to start.
+    Starting,
+    /// Its process runs.
+    Running,
+    /// Its processes are frozen.
+    Paused,
+    /// Its process ended.
+    Exited,
+    /// Its disks are being detached.
+    Removing,
+}
+
+/// A container as the API shows it.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct ContainerStatus {
+    /// Its id.
+    pub id: String,
+    /// Where it is.
+    pub state: ContainerState,
+    /// When it was created, RFC 3339.
+    pub created_at: String,
+    /// When its process began.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub started_at: Option<String>,
+    /// When its process ended.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub finished_at: Option<String>,
+    /// How it ended.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub exit: Option<Exit>,
+    /// The log.
+    pub log_path: PathBuf,
+    /// Whether it has a terminal.
+    pub terminal: bool,
+    /// Why its log has holes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub log_error: Option<String>,
+}
+
+/// The pod as the API shows it.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct PodStatus {
+    /// Its id.
+    pub id: String,
+    /// `starting`, `ready` or `stopping`.
+    pub state: String,
+    /// When its process began, RFC 3339.
+    pub created_at: String,
+    /// Version of the pod process.
+    pub version: String,
+    /// Version of the agent; absent until it is ready.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub agent_version: Option<String>,
+    /// The pod process.
+    pub pid: u32,
+    /// Its containers.
+    pub containers: Vec<ContainerStatus>,
+}

@@ -1,0 +1,11 @@
+//! The pod API: HTTP/1.1 and JSON on a Unix socket, described in `resources/openapi.yaml`.
+//!
+//! - [`http`]: requests out of bytes, responses into bytes; no socket in sight.
+//! - `server`: the socket and its connections.
+//! - `routes`: the table of routes.
+//! - [`body`]: what the bodies say.
+
+pub mod body;
+pub mod http;
+pub(crate) mod routes;
+pub(crate) mod server;

@@ -1,0 +1,400 @@
+//! One stream between a process in the guest and whoever is attached to it through the API.
+//!
+//! Bytes are copied in bounded pieces: the guest is read only when the log has them and every attached
+//! client has taken the piece before. A slow client therefore delays its own stream and nothing else, and
+//! what waits for it is one piece here and the stream's credit in the guest.
+#![forbid(unsafe_code)]
+
+use std::io::{self, Read, Write};
+use std::net::Shutdown;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::net::UnixStream;
+
+use rustix::event::PollFlags;
+
+use super::log_file::{Line, LogFile};
+
+/// Bytes copied at a time.
+const PIECE: usize = 64 << 10;
+
+/// What a stream carries.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Kind {
+    /// Client to guest; its end closes the guest's input.
+    Stdin,
+    /// Guest to client.
+    Stdout,
+    /// Guest to client.
+    Stderr,
+    /// Both ways; the client's end means that it goes, not that the terminal does.
+    Tty,
+    /// Both ways, each with an end of its own: a forwarded port.
+    Port,
+}
+
+impl Kind {
+    /// The name in the API and, of an output, in the log.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Stdin => "stdin",
+            Self::Stdout => "stdout",
+            Self::Stderr => "stderr",
+            Self::Tty => "tty",
+            Self::Port => "port",
+        }
+    }
+
+    fn has_output(self) -> bool {
+        self != Self::Stdin
+    }
+
+    fn has_input(self) -> bool {
+        !matches!(self, Self::Stdout | Self::Stderr)
+    }
+
+    /// A terminal's output is logged as standard output.
+    fn log_name(self) -> &'static str {
+        match self {
+            Self::Stderr => "stderr",
+            _ => "stdout",
+        }
+    }
+}
+
+#[derive(Debug)]
+enum Guest {
+    Awaited,
+    Connected(UnixStream),
+    Ended,
+}
+
+#[derive(Debug)]
+struct Client {
+    socket: UnixStream,
+    /// On its way to the client.
+    out: Vec<u8>,
+    /// On its way to the guest.
+    input: Vec<u8>,
+    input_ended: bool,
+}
+
+/// The stream.
+#[derive(Debug)]
+pub(crate) struct Channel {
+    kind: Kind,
+    token: u64,
+    guest: Guest,
+    clients: Vec<Client>,
+    /// Nothing is read without a client: there is no log that takes it.
+    needs_client: bool,
+    had_client: bool,
+    line: Line,
+}
+
+impl Channel {
+    /// A stream that the guest will dial with `token`.
+    pub(crate) fn new(kind: Kind, token: u64, needs_client: bool) -> Self {
+        Self {
+            kind,
+            token,
+            guest: Guest::Awaited,
+            clients: Vec::new(),
+            needs_client,
+            had_client: false,
+            line: Line::default(),
+        }
+    }
+
+    /// What it carries.
+    pub(crate) fn kind(&self) -> Kind {
+        self.kind
+    }
+
+    /// The token that it has, or had.
+    pub(crate) fn token(&self) -> u64 {
+        self.token
+    }
+
+    /// Takes the guest's end.
+    pub(crate) fn connect(&mut self, stream: UnixStream) -> io::Result<()> {
+        stream.set_nonblocking(true)?;
+        self.guest = Guest::Connected(stream);
+        Ok(())
+    }
+
+    /// Takes a client, whose first bytes came with its request.
+    pub(crate) fn attach(&mut self, socket: UnixStream, first: Vec<u8>) {
+        self.had_client = true;
+        self.clients.push(Client {
+            socket,
+            out: Vec::new(),
+            input: first,
+            input_ended: false,
+        });
+    }
+
+    /// Whether it has a client: an input takes one at a time.
+    pub(crate) fn has_client(&self) -> bool {
+        !self.clients.is_empty()
+    }
+
+    /// Whether every byte of output has gone where it should; an output that nobody ever attached to and no
+    /// log takes holds nobody up.
+    pub(crate) fn is_complete(&self) -> bool {
+        if !self.kind.has_output() {
+            return true;
+        }
+        let unread = self.needs_client && !self.had_client;
+        let delivered = self.clients.iter().all(|client| client.out.is_empty());
+        unread || (matches!(self.guest, Guest::Ended) && delivered)
+    }
+
+    /// Whether nothing is left of it.
+    pub(crate) fn is_over(&self) -> bool {
+        matches!(self.guest, Guest::Ended) && self.clients.is_empty()
+    }
+
+    /// Ends it: the process behind it has gone, or never came.
+    pub(crate) fn end(&mut self) {
+        self.guest = Guest::Ended;
+    }
+
+    fn wants_output(&self) -> bool {
+        self.kind.has_output()
+            && matches!(self.guest, Guest::Connected(_))
+            && (!self.needs_client || self.had_client)
+            && self.clients.iter().all(|client| client.out.is_empty())
+    }
+
+    /// Descriptors to poll, level-triggered.
+    pub(crate) fn interests<'a>(&'a self, into: &mut Vec<(BorrowedFd<'a>, PollFlags)>) {
+        let mut has_input = false;
+        for client in &self.clients {
+            let mut flags = PollFlags::empty();
+            flags.set(PollFlags::OUT, !client.out.is_empty());
+            let reads = self.kind.has_input() && client.input.is_empty() && !client.input_ended;
+            flags.set(PollFlags::IN, reads);
+            has_input |= !client.input.is_empty();
+            // A client that is asked nothing is not polled: its hang-up would wake the loop for ever.
+            if !flags.is_empty() {
+                into.push((client.socket.as_fd(), flags));
+            }
+        }
+        if let Guest::Connected(stream) = &self.guest {
+            let mut flags = PollFlags::empty();
+            flags.set(PollFlags::IN, self.wants_output());
+            flags.set(PollFlags::OUT, has_input);
+            if !flags.is_empty() {
+                into.push((stream.as_fd(), flags));
+            }
+        }
+    }
+
+    /// Copies what is ready. Returns whether output went to the log.
+    ///
+    /// # Errors
+    /// The log cannot be written.
+    pub(crate) fn turn(&mut self, mut log: Option<&mut LogFile>) -> io::Result<bool> {
+        let kind = self.kind;
+        let mut hung_up = false;
+        self.clients.retain_mut(|client| {
+            let stays = client.flush() && (!kind.has_input() || client.read(kind));
+            hung_up |= !stays;
+            stays
+        });
+        self.pass_input();
+        if hung_up && self.needs_client && self.clients.is_empty() {
+            // As a pipe whose reader is gone.
+            self.guest = Guest::Ended;
+        }
+        let mut logged = false;
+        if self.wants_output() {
+            logged = self.pass_output(log.as_deref_mut())?;
+        }
+        if matches!(self.guest, Guest::Ended) {
+            if let Some(log) = log {
+                log.end(kind.log_name(), &mut self.line)?;
+            }
+            // What is dropped is closed, which is how a client sees the end.
+            self.clients.retain(|client| !client.out.is_empty());
+        }
+        Ok(logged)
+    }
+
+    fn pass_output(&mut self, log: Option<&mut LogFile>) -> io::Result<bool> {
+        let Guest::Connected(stream) = &mut self.guest else {
+            return Ok(false);
+        };
+        let mut piece = vec![0; PIECE];
+        let length = match stream.read(&mut piece) {
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(false),
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => return Ok(false),
+            Ok(0) | Err(_) => {
+                self.guest = Guest::Ended;
+                return Ok(true);
+            }
+            Ok(length) => length,
+        };
+        let piece = &piece[..length];
+        if let Some(log) = log {
+            log.write(self.kind.log_name(), &mut self.line, piece)?;
+        }
+        for client in &mut self.clients {
+            client.out.extend_from_slice(piece);
+            client.flush();
+        }
+        Ok(true)
+    }
+
+    fn pass_input(&mut self) {
+        let Guest::Connected(stream) = &mut self.guest else {
+            return;
+        };
+        let mut broken = false;
+        for client in &mut self.clients {
+            while !client.input.is_empty() && !broken {
+                match stream.write(&client.input) {
+                    Ok(length @ 1..) => drop(client.input.drain(..length)),
+                    Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                    Err(e) if e.kind() == io::ErrorKind::WouldBlock => break,
+                    // The process closed its input.
+                    Ok(_) | Err(_) => broken = true,
+                }
+            }
+            if broken {
+                client.input.clear();
+            }
+        }
+        let ended = |client: &Client| client.input_ended && client.input.is_empty();
+        if !self.clients.iter().any(ended) && !broken {
+            return;
+        }
+        match self.kind {
+            Kind::Stdin => self.guest = Guest::Ended,
+            Kind::Port => drop(stream.shutdown(Shutdown::Write)),
+            Kind::Tty | Kind::Stdout | Kind::Stderr => {}
+        }
+    }
+}
+
+impl Client {
+    /// Writes what it takes now; `false` if it has gone.
+    fn flush(&mut self) -> bool {
+        while !self.out.is_empty() {
+            match self.socket.write(&self.out) {
+                Ok(length @ 1..) => drop(self.out.drain(..length)),
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return true,
+                Ok(_) | Err(_) => return false,
+            }
+        }
+        true
+    }
+
+    /// Reads what came, if the guest has taken what came before; `false` if it has gone.
+    fn read(&mut self, kind: Kind) -> bool {
+        if self.input_ended || !self.input.is_empty() {
+            return true;
+        }
+        let mut piece = vec![0; PIECE];
+        match self.socket.read(&mut piece) {
+            Ok(0) if kind == Kind::Tty => return false,
+            Ok(0) => self.input_ended = true,
+            Ok(length) => {
+                piece.truncate(length);
+                self.input = piece;
+            }
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            Err(_) => return false,
+        }
+        true
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn connected(kind: Kind, needs_client: bool) -> (Channel, UnixStream) {
+        let (guest, host) = UnixStream::pair().unwrap();
+        let mut channel = Channel::new(kind, 7, needs_client);
+        channel.connect(host).unwrap();
+        (channel, guest)
+    }
+
+    fn client(channel: &mut Channel) -> UnixStream {
+        let (client, server) = UnixStream::pair().unwrap();
+        server.set_nonblocking(true).unwrap();
+        channel.attach(server, Vec::new());
+        client
+    }
+
+    fn turns(channel: &mut Channel) {
+        for _ in 0..8 {
+            channel.turn(None).unwrap();
+        }
+    }
+
+    #[test]
+    fn output_waits_for_its_client_and_ends_with_the_process() {
+        let (mut channel, mut guest) = connected(Kind::Stdout, true);
+        guest.write_all(b"early").unwrap();
+        turns(&mut channel);
+        assert!(channel.is_complete(), "nobody reads: nobody waits");
+        let mut reader = client(&mut channel);
+        turns(&mut channel);
+        assert!(!channel.is_complete());
+        drop(guest);
+        turns(&mut channel);
+        assert!(channel.is_complete() && channel.is_over());
+        let mut text = String::new();
+        reader.read_to_string(&mut text).unwrap();
+        assert_eq!(text, "early");
+    }
+
+    #[test]
+    fn a_slow_client_holds_one_piece_and_the_guest_back() {
+        let (mut channel, guest) = connected(Kind::Stdout, true);
+        let _slow = client(&mut channel);
+        guest.set_nonblocking(true).unwrap();
+        let mut sent = 0;
+        for _ in 0..1000 {
+            sent += (&guest).write(&[0; 4096]).unwrap_or(0);
+            channel.turn(None).unwrap();
+        }
+        assert!(channel.clients[0].out.len() <= PIECE);
+        assert!(sent < 4 << 20, "{sent} bytes were taken from the guest");
+    }
+
+    #[test]
+    fn the_end_of_input_closes_the_guests() {
+        let (mut channel, mut guest) = connected(Kind::Stdin, true);
+        let mut writer = client(&mut channel);
+        writer.write_all(b"typed").unwrap();
+        writer.shutdown(Shutdown::Write).unwrap();
+        turns(&mut channel);
+        let mut text = String::new();
+        guest.read_to_string(&mut text).unwrap();
+        assert_eq!(text, "typed");
+    }
+
+    #[test]
+    fn a_terminal_goes_both_ways_and_outlives_its_clients() {
+        let (mut channel, mut guest) = connected(Kind::Tty, false);
+        let mut first = client(&mut channel);
+        first.write_all(b"keys").unwrap();
+        turns(&mut channel);
+        let mut keys = [0; 4];
+        guest.read_exact(&mut keys).unwrap();
+        drop(first);
+        guest.write_all(b"lost").unwrap();
+        turns(&mut channel);
+        let mut second = client(&mut channel);
+        guest.write_all(b"seen").unwrap();
+        turns(&mut channel);
+        let mut seen = [0; 4];
+        second.read_exact(&mut seen).unwrap();
+        assert_eq!((&keys, &seen), (b"keys", b"seen"));
+    }
+}

@@ -1,0 +1,493 @@
+//! The supervisor: machine, agent and API in one poll loop, on `main` of the pod process.
+//!
+//! ```text
+//!             ┌── machine: its end, a device's failure, signals
+//!  poll ──────┼── session: the agent's events and replies, new streams      one owner of everything,
+//!             ├── channels: bytes between processes and clients             no thread, no lock
+//!             └── server: requests of the API
+//! ```
+//!
+//! The pod process is the source of truth: whoever started it may die. The pod's directory is locked
+//! for as long as the process lives and removed at its end.
+#![forbid(unsafe_code)]
+
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::io::{self, Read};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixListener;
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use cube_guest::{Answer, HostRequest, PodSpec};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use serde::{Deserialize, Serialize};
+use serde_json::json;
+
+use super::api::body::{ContainerState, PodStatus};
+use super::api::server::{Call, ConnectionId, Server};
+use super::channel::Channel;
+use super::container::{Container, Exec, now};
+use super::event_log::{EventKind, EventLog};
+use super::feed::Feed;
+use super::listen::Ports;
+use super::pending::Pending;
+use super::session::{Session, SessionEvent};
+use crate::vmm::command::Attendant;
+use crate::vmm::exit::{End, StopCause};
+use crate::vmm::files;
+use crate::vmm::machine::Running;
+use crate::vmm::signals::StopSignals;
+use crate::vmm::spec::DiskSpec;
+
+/// Name of the API's socket in the pod directory.
+pub const API_SOCKET: &str = "api.sock";
+/// Name of the vsock device's host socket in the pod directory.
+pub const VSOCK_SOCKET: &str = "vsock.sock";
+/// Beyond its grace period a guest has so long to power off.
+const POWER_OFF: Duration = Duration::from_secs(5);
+
+/// What the pod process is told of its pod, beside the machine. JSON.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PodFile {
+    /// Name of the pod.
+    pub id: String,
+    /// Its directory, which this process owns from now on.
+    pub directory: PathBuf,
+    /// Inherited descriptor that holds the directory's lock.
+    pub lock_fd: i32,
+    /// Inherited descriptor that listens on [`API_SOCKET`]: clients can connect before the pod serves.
+    pub api_fd: i32,
+    /// What the guest runs: the same as in its initramfs.
+    pub guest: PodSpec,
+    /// Of each container in `guest`: the slots of its disks, and its log.
+    pub containers: BTreeMap<String, FirstContainer>,
+}
+
+/// A container that starts with the pod.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct FirstContainer {
+    /// Slots of its disks.
+    pub slots: Vec<u16>,
+    /// Where its output goes.
+    pub log_path: PathBuf,
+}
+
+/// Where disks are attached: the machine, or what stands in for it in tests.
+pub(crate) trait DiskSlots {
+    /// Puts a disk into an empty slot.
+    fn attach(&self, disk: &DiskSpec) -> Result<u16, String>;
+    /// Takes a disk out of a slot.
+    fn detach(&self, slot: u16);
+}
+
+impl DiskSlots for Running {
+    fn attach(&self, disk: &DiskSpec) -> Result<u16, String> {
+        let slot = self.attach_disk(disk).map_err(|error| error.to_string())?;
+        u16::try_from(slot).map_err(|error| error.to_string())
+    }
+
+    fn detach(&self, slot: u16) {
+        drop(self.slots().detach(slot.into()));
+    }
+}
+
+/// A pod, supervised.
+pub(crate) struct Supervisor {
+    pub(super) id: String,
+    pub(super) directory: PathBuf,
+    pub(super) server: Server,
+    pub(super) session: Session,
+    pub(super) containers: BTreeMap<String, Container>,
+    pub(super) execs: BTreeMap<String, Exec>,
+    /// Forwarded ports.
+    pub(super) ports: Vec<Channel>,
+    pub(super) events: EventLog,
+    pub(super) pending: Pending,
+    pub(super) feeds: BTreeMap<ConnectionId, Feed>,
+    pub(super) agent_version: Option<String>,
+    /// When a guest that was asked to stop is ended.
+    pub(super) stop_by: Option<Instant>,
+    pub(super) stop_waiters: Vec<ConnectionId>,
+    /// Counts disks and execs: no name is used twice.
+    pub(super) serial: u64,
+    guest_ports: Ports,
+    created_at: String,
+    /// Why the pod cannot go on.
+    broken: Option<String>,
+    _lock: OwnedFd,
+}
+
+/// Makes the supervisor of the pod that `file` describes: its sockets are there when this returns.
+///
+/// # Errors
+/// A sentence for a person.
+pub fn open(file: File) -> Result<Box<dyn Attendant>, String> {
+    let mut text = Vec::new();
+    { file }
+        .read_to_end(&mut text)
+        .map_err(|error| format!("cannot read its description: {error}"))?;
+    // Not the parser's whole sentence: it may quote a value.
+    let pod: PodFile = serde_json::from_slice(&text)
+        .map_err(|e| format!("its description is malformed at column {}", e.column()))?;
+    let lock = files::inherited(pod.lock_fd).map_err(|e| format!("cannot take its lock: {e}"))?;
+    let api = files::inherited(pod.api_fd)
+        .and_then(|fd| Server::new(UnixListener::from(fd)))
+        .map_err(|error| format!("cannot take its API's socket: {error}"))?;
+    let supervisor = Supervisor::new(pod, lock, api)?;
+    Ok(Box::new(supervisor))
+}
+
+impl Supervisor {
+    /// The supervisor, listening.
+    pub(crate) fn new(pod: PodFile, lock: OwnedFd, server: Server) -> Result<Self, String> {
+        let guest_ports =
+            Ports::bind(&pod.directory.join(VSOCK_SOCKET)).map_err(|error| error.to_string())?;
+        let mut containers = BTreeMap::new();
+        for spec in &pod.guest.containers {
+            let first = pod.containers.get(&spec.id);
+            let first = first.ok_or_else(|| format!("container {} has no log", spec.id))?;
+            let path = first.log_path.clone();
+            let mut container = Container::new(spec.clone(), path.clone(), first.slots.clone())
+                .map_err(|error| format!("cannot open the log {}: {error}", path.display()))?;
+            container.state = ContainerState::Starting;
+            containers.insert(spec.id.clone(), container);
+        }
+        Ok(Self {
+            session: Session::new(&pod.guest),
+            id: pod.id,
+            directory: pod.directory,
+            server,
+            containers,
+            execs: BTreeMap::new(),
+            ports: Vec::new(),
+            events: EventLog::default(),
+            pending: Pending::default(),
+            feeds: BTreeMap::new(),
+            agent_version: None,
+            stop_by: None,
+            stop_waiters: Vec::new(),
+            serial: 0,
+            guest_ports,
+            created_at: now(),
+            broken: None,
+            _lock: lock,
+        })
+    }
+
+    /// Descriptors to poll, level-triggered.
+    pub(crate) fn interests(&self) -> Vec<(BorrowedFd<'_>, PollFlags)> {
+        let mut interests = self.server.interests();
+        if self.broken.is_none() {
+            interests.extend(self.session.interests());
+        }
+        let ports = self.guest_ports.interests();
+        interests.extend(ports.map(|fd| (fd, PollFlags::IN)));
+        for channel in self.channels() {
+            channel.interests(&mut interests);
+        }
+        interests
+    }
+
+    fn channels(&self) -> impl Iterator<Item = &Channel> {
+        let containers = self.containers.values().flat_map(|c| &c.channels);
+        let execs = self.execs.values().flat_map(|e| &e.channels);
+        containers.chain(execs).chain(&self.ports)
+    }
+
+    /// Does what is ready. Returns the pod's end, if it has come.
+    pub(crate) fn turn(&mut self, disks: &dyn DiskSlots) -> io::Result<Option<End>> {
+        self.guest_ports.turn(&mut self.session)?;
+        self.turn_session(disks);
+        for call in self.server.turn()? {
+            match call {
+                Call::Request(connection, request) => self.serve(connection, &request, disks),
+                Call::Gone(connection) => self.forget_client(connection),
+            }
+        }
+        self.turn_channels();
+        self.answer_waiters();
+        self.turn_feeds();
+        if let Some(error) = &self.broken {
+            return Ok(Some(End::Pod(error.clone())));
+        }
+        let late = self.stop_by.is_some_and(|by| by <= Instant::now());
+        Ok(late.then_some(End::Stopped(StopCause::Signal(libc::SIGTERM))))
+    }
+
+    /// Nobody waits on `connection` any more.
+    fn forget_client(&mut self, connection: ConnectionId) {
+        self.feeds.remove(&connection);
+        let containers = self.containers.values_mut().map(|c| &mut c.waiters);
+        let execs = self.execs.values_mut().map(|e| &mut e.waiters);
+        let stop = std::iter::once(&mut self.stop_waiters);
+        for waiters in containers.chain(execs).chain(stop) {
+            waiters.retain(|waiter| *waiter != connection);
+        }
+    }
+
+    fn turn_session(&mut self, disks: &dyn DiskSlots) {
+        if self.broken.is_some() {
+            return;
+        }
+        let mut events = Vec::new();
+        let result = self.session.turn(&mut events);
+        for event in events {
+            self.take(event, disks);
+        }
+        if let Err(error) = result {
+            self.broken.get_or_insert(error.to_string());
+        }
+    }
+
+    fn take(&mut self, event: SessionEvent, disks: &dyn DiskSlots) {
+        match event {
+            SessionEvent::Ready { version } => {
+                self.agent_version = Some(version);
+                self.events.push(EventKind::Ready, None, None);
+            }
+            SessionEvent::Started { container } => {
+                if let Some(known) = self.containers.get_mut(&container) {
+                    known.started();
+                    self.events.push(EventKind::Started, Some(&container), None);
+                }
+            }
+            SessionEvent::OomKilled { container } => {
+                if let Some(known) = self.containers.get_mut(&container) {
+                    known.oom_killed();
+                    self.events
+                        .push(EventKind::OomKilled, Some(&container), None);
+                }
+            }
+            SessionEvent::Exited { container, status } => {
+                if let Some(known) = self.containers.get_mut(&container) {
+                    known.exited(&status);
+                    let code = known.exit.as_ref().map(|exit| exit.exit_code);
+                    self.events.push(EventKind::Exited, Some(&container), code);
+                }
+            }
+            SessionEvent::ExecExited { exec, status } => {
+                if let Some(exec) = self.execs.get_mut(&exec) {
+                    exec.exited(&status);
+                }
+            }
+            SessionEvent::Stream { token, stream } => {
+                let containers = self.containers.values_mut().flat_map(|c| &mut c.channels);
+                let execs = self.execs.values_mut().flat_map(|e| &mut e.channels);
+                let mut channels = containers.chain(execs).chain(&mut self.ports);
+                if let Some(channel) = channels.find(|channel| channel.token() == token)
+                    && channel.connect(stream).is_err()
+                {
+                    channel.end();
+                }
+            }
+            SessionEvent::Reply { id, result } => self.replied(id, result, disks),
+            SessionEvent::Failed { reason } => {
+                self.broken = Some(format!("the guest could not set the pod up: {reason}"));
+            }
+            SessionEvent::Closed => {}
+        }
+    }
+
+    fn replied(&mut self, id: u64, result: Result<Answer, String>, disks: &dyn DiskSlots) {
+        if let Some((then, result)) = self.pending.replied(id, result) {
+            self.go_on(then, result, disks);
+        }
+    }
+
+    fn turn_channels(&mut self) {
+        for container in self.containers.values_mut() {
+            container.turn();
+        }
+        let execs = self.execs.values_mut().flat_map(|exec| &mut exec.channels);
+        for channel in execs.chain(&mut self.ports) {
+            // Without a log nothing of it can fail.
+            let _ = channel.turn(None);
+        }
+        self.ports.retain(|channel| !channel.is_over());
+    }
+
+    /// Tells whoever waits for an end that has come.
+    pub(super) fn answer_waiters(&mut self) {
+        let mut answers = Vec::new();
+        for container in self.containers.values_mut() {
+            if !container.waiters.is_empty()
+                && let Some(exit) = container.end()
+            {
+                let waiters = std::mem::take(&mut container.waiters);
+                answers.extend(waiters.into_iter().map(|waiter| (waiter, exit.clone())));
+            }
+        }
+        self.execs.retain(|_, exec| {
+            let Some(exit) = exec.end().filter(|_| !exec.waiters.is_empty()) else {
+                return true;
+            };
+            let waiters = std::mem::take(&mut exec.waiters);
+            answers.extend(waiters.into_iter().map(|waiter| (waiter, exit.clone())));
+            // The status was told; what clients have not read yet, their sockets hold.
+            false
+        });
+        for (connection, exit) in answers {
+            self.server.respond(connection, 200, Some(&json!(exit)));
+        }
+    }
+
+    fn turn_feeds(&mut self) {
+        let mut done = Vec::new();
+        for (connection, feed) in &mut self.feeds {
+            let ended = feed.container().is_some_and(|id| {
+                let known = self.containers.get(id);
+                known.is_none_or(|container| container.end().is_some())
+            });
+            while self.server.is_drained(*connection) {
+                let piece = feed.next(&self.events, ended);
+                self.server.send(*connection, &piece.bytes);
+                if piece.last {
+                    done.push(*connection);
+                }
+                if !piece.more {
+                    break;
+                }
+            }
+        }
+        for connection in done {
+            self.feeds.remove(&connection);
+            self.server.finish(connection);
+        }
+    }
+
+    /// As the API shows it.
+    pub(super) fn status(&self) -> PodStatus {
+        let state = match (self.stop_by, &self.agent_version) {
+            (Some(_), _) => "stopping",
+            (None, Some(_)) => "ready",
+            (None, None) => "starting",
+        };
+        PodStatus {
+            id: self.id.clone(),
+            state: state.to_owned(),
+            created_at: self.created_at.clone(),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            agent_version: self.agent_version.clone(),
+            pid: std::process::id(),
+            containers: self.containers.values().map(Container::status).collect(),
+        }
+    }
+
+    /// Asks the guest to end; the machine is ended if it does not.
+    pub(super) fn stop(&mut self, grace_ms: u32) {
+        self.events.push(EventKind::Stopping, None, None);
+        let asked = self.session.request(HostRequest::Shutdown { grace_ms });
+        let patience = match asked {
+            Ok(_) => Duration::from_millis(grace_ms.into()) + POWER_OFF,
+            // No agent, no grace.
+            Err(_) => Duration::ZERO,
+        };
+        let by = Instant::now() + patience;
+        self.stop_by = Some(self.stop_by.map_or(by, |before| before.min(by)));
+    }
+
+    fn timeout(&self) -> Option<Timespec> {
+        let deadlines = [self.server.deadline(), self.stop_by];
+        let next = deadlines.into_iter().flatten().min()?;
+        // A feed whose file grew between the turn and the poll is turned by what made it grow.
+        Timespec::try_from(next.saturating_duration_since(Instant::now())).ok()
+    }
+
+    /// Sleeps until something is ready: of what this polls, or of `more`.
+    pub(crate) fn wait(&self, more: &[BorrowedFd<'_>]) -> io::Result<()> {
+        let mut fds: Vec<PollFd<'_>> = self
+            .interests()
+            .into_iter()
+            .map(|(fd, flags)| PollFd::from_borrowed_fd(fd, flags))
+            .collect();
+        fds.extend(
+            more.iter()
+                .map(|fd| PollFd::from_borrowed_fd(*fd, PollFlags::IN)),
+        );
+        match poll(&mut fds, self.timeout().as_ref()) {
+            Ok(_) | Err(rustix::io::Errno::INTR) => Ok(()),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    fn remove_directory(&self) {
+        // What cannot be removed now is swept by the next command.
+        let _ = fs::remove_dir_all(&self.directory);
+    }
+
+    /// Takes what the guest said before its end: nothing more will come.
+    fn drain(&mut self) {
+        let machine = NoSlots;
+        let session_end = Instant::now() + POWER_OFF;
+        while Instant::now() < session_end {
+            let mut fds = Vec::new();
+            self.channels().for_each(|c| c.interests(&mut fds));
+            if self.broken.is_none() {
+                fds.extend(self.session.interests());
+            }
+            let mut fds: Vec<PollFd<'_>> = fds
+                .into_iter()
+                .map(|(fd, flags)| PollFd::from_borrowed_fd(fd, flags))
+                .collect();
+            let ready = poll(&mut fds, Some(&Timespec::default())).unwrap_or(0);
+            drop(fds);
+            if ready == 0 {
+                break;
+            }
+            self.turn_session(&machine);
+            self.turn_channels();
+        }
+        self.answer_waiters();
+        self.turn_feeds();
+    }
+}
+
+/// A machine that has ended.
+struct NoSlots;
+
+impl DiskSlots for NoSlots {
+    fn attach(&self, _: &DiskSpec) -> Result<u16, String> {
+        Err("the machine has ended".to_owned())
+    }
+
+    fn detach(&self, _: u16) {}
+}
+
+impl Attendant for Supervisor {
+    fn attend(&mut self, machine: &Running, signals: &StopSignals) -> io::Result<End> {
+        loop {
+            let failure = machine.device_failure().unwrap_or(machine.ended());
+            self.wait(&[machine.ended(), signals.as_fd(), failure])?;
+            machine.check_devices();
+            let end = self.turn(machine)?;
+            if let Some(end) = machine.end().or(end) {
+                return Ok(end);
+            }
+            if let Some(number) = signals.next() {
+                if self.stop_by.is_some() {
+                    return Ok(End::Stopped(StopCause::Signal(number)));
+                }
+                self.stop(10_000);
+            }
+        }
+    }
+
+    fn ended(mut self: Box<Self>, end: &End) {
+        self.drain();
+        self.remove_directory();
+        let body = json!({ "ended": end.to_string() });
+        for connection in std::mem::take(&mut self.stop_waiters) {
+            self.server.respond(connection, 200, Some(&body));
+        }
+        self.server.close();
+    }
+}
+
+impl Drop for Supervisor {
+    fn drop(&mut self) {
+        self.remove_directory();
+    }
+}
