@@ -201,7 +201,8 @@ pub enum GuestEvent {
         /// How it ended.
         status: ExitStatus,
     },
-    /// The kernel's OOM killer ended a process of the container, not necessarily its first.
+    /// The kernel's OOM killer ended a process of the container, not necessarily its first. Never comes after
+    /// the container's end was reported.
     OomKilled {
         /// The container's id.
         container: String,

@@ -96,6 +96,11 @@ pub enum SessionEvent {
         /// The container's id.
         container: String,
     },
+    /// The guest's OOM killer ended a process of a container that has not ended.
+    OomKilled {
+        /// The container's id.
+        container: String,
+    },
     /// A container ended. Its output may still be on its way: a stream is complete at its end of file.
     Exited {
         /// The container's id.
@@ -116,11 +121,6 @@ pub enum SessionEvent {
         exec: String,
         /// How; the reason in it is the guest's text, made printable.
         status: ExitStatus,
-    },
-    /// The guest's OOM killer ended a process of a container.
-    OomKilled {
-        /// The container's id.
-        container: String,
     },
     /// The answer to a request.
     Reply {
@@ -424,10 +424,12 @@ impl Session {
                 let status = printable_status(status);
                 Ok(SessionEvent::ExecExited { exec, status })
             }
-            GuestEvent::OomKilled { container } if self.containers.contains_key(&container) => {
-                Ok(SessionEvent::OomKilled { container })
-            }
-            GuestEvent::OomKilled { .. } => Err(out_of_order("an OOM kill in a stranger")),
+            GuestEvent::OomKilled { container } => match self.containers.get(&container) {
+                Some(Phase::Starting | Phase::Running) => Ok(SessionEvent::OomKilled { container }),
+                _ => Err(out_of_order(
+                    "the OOM killer in a container that is not live",
+                )),
+            },
             GuestEvent::Exited { container, status } => {
                 self.advance(&container, Phase::Exited)?;
                 let status = printable_status(status);

@@ -149,7 +149,8 @@ fn signals_reach_an_exec_alone_or_everybody() {
     let status = guest.exec_exited("e");
     assert_eq!(status, ExitStatus::Code(5));
     assert!(running.ran(status).stdout.ends_with("got\n"));
-    let running = guest.begin("c", "f", process("sleep 1000000"));
+    let running = guest.begin("c", "f", process("echo > /ready; sleep 1000000"));
+    guest.shell("c", "cat /ready");
     guest.must(signal("c", 9, true));
     let killed = ExitStatus::Signal {
         signal: 9,

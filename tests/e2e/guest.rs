@@ -121,6 +121,7 @@ fn machine(directory: &Path, pod: &PodSpec) -> MachineSpec {
         rng: true,
         spare_slots: 2,
         console: None,
+        huge_pages: false,
     }
 }
 

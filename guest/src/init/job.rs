@@ -84,7 +84,7 @@ impl Reporter {
 }
 
 impl Jobs {
-    /// Forks `work`, which keeps `descriptors`.
+    /// Forks `work`, which may use `descriptors` and no others: those very ones, not copies.
     ///
     /// # Errors
     /// The kernel refuses a pipe or a process.

@@ -6,7 +6,7 @@
 
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom, Write};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 
 use cube_guest::Answer;
 use rustix::fs::{CWD, FileType, Mode, OFlags, ResolveFlags};
@@ -16,11 +16,11 @@ use crate::error::{Context, Error};
 use crate::job::Reporter;
 
 /// Answers with the file's size, then writes its last `max_bytes` to `to`.
-pub(crate) fn read(namespace: &str, path: &str, max_bytes: u64, reporter: Reporter, to: OwnedFd) {
+pub(crate) fn read(namespace: &str, path: &str, max_bytes: u64, reporter: Reporter, to: &File) {
     match open(namespace, path, max_bytes) {
         Ok((mut file, size, sent)) => {
             reporter.answer(Ok(Answer::File { size, sent }));
-            copy(&mut file, sent, &mut File::from(to));
+            copy(&mut file, sent, to);
         }
         Err(error) => reporter.answer(Err(error)),
     }
@@ -53,7 +53,7 @@ fn open(namespace: &str, path: &str, max_bytes: u64) -> Result<(File, u64, u64),
 }
 
 /// Copies until the end of the file or of the reader's interest.
-fn copy(from: &mut File, bytes: u64, to: &mut File) {
+fn copy(from: &mut File, bytes: u64, mut to: &File) {
     let mut buffer = vec![0; 32 << 10];
     let mut from = from.take(bytes);
     while let Ok(read @ 1..) = from.read(&mut buffer) {

@@ -392,3 +392,23 @@ fn a_path_too_long_for_a_socket_is_named() {
     let sentence = Ports::bind(&path).unwrap_err().to_string();
     assert!(sentence.contains("xxx_1024"), "{sentence}");
 }
+
+#[test]
+fn the_oom_killer_is_heard_of_while_the_container_lives_and_no_longer() {
+    let oom = |container: &str| {
+        let container = container.to_owned();
+        GuestMessage::Event(GuestEvent::OomKilled { container })
+    };
+    let mut pair = Pair::ready();
+    pair.say(&oom("c"));
+    let events = pair.turn().unwrap();
+    assert!(matches!(&events[..], [SessionEvent::OomKilled { container }] if container == "c"));
+    let (container, status) = ("c".to_owned(), ExitStatus::Code(0));
+    pair.say(&GuestMessage::Event(GuestEvent::Exited {
+        container,
+        status,
+    }));
+    pair.turn().unwrap();
+    pair.say(&oom("c"));
+    assert!(matches!(pair.turn(), Err(SessionError::OutOfOrder(_))));
+}

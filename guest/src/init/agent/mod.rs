@@ -271,7 +271,7 @@ impl Agent {
             return false;
         };
         let (is_new, ever) = container.oom_killed();
-        if is_new {
+        if is_new && container.is_live() {
             let container = container.id.clone();
             self.report(GuestEvent::OomKilled { container });
         }

@@ -218,15 +218,14 @@ impl Agent {
         let then = Then::EndWrite { volume, request };
         let start = || {
             let (reader, writer) = pipe(true)?;
-            let kept = reader.try_clone().context(|| "copy a descriptor".into())?;
+            let reader = File::from(reader);
             let work = |reporter: Reporter| {
-                let mut stream = File::from(reader);
-                let result = files::replace(&directory, &mut stream);
+                let result = files::replace(&directory, &mut &reader);
                 reporter.answer(result.map(|()| Answer::Done));
             };
             let poller = &self.poller;
             self.jobs
-                .start(Subject::Volume, then, &[kept.as_fd()], poller, work)?;
+                .start(Subject::Volume, then, &[reader.as_fd()], poller, work)?;
             self.streams.dial(token, End::Input(writer), poller)
         };
         match start() {
@@ -261,9 +260,9 @@ impl Agent {
             )));
         }
         let (from, writer) = pipe(false)?;
-        let kept = writer.try_clone().context(|| "copy a descriptor".into())?;
+        let writer = File::from(writer);
         let work = |reporter: Reporter| {
-            read_file::read(&made.namespace, path, max_bytes, reporter, writer);
+            read_file::read(&made.namespace, path, max_bytes, reporter, &writer);
         };
         let then = Then::Send {
             stream,
@@ -273,7 +272,7 @@ impl Agent {
         let subject = Subject::Container(index);
         let poller = &self.poller;
         self.jobs
-            .start(subject, then, &[kept.as_fd()], poller, work)?;
+            .start(subject, then, &[writer.as_fd()], poller, work)?;
         Ok(None)
     }
 

@@ -267,8 +267,8 @@ pub(crate) fn every_device() -> Result<Vec<(String, OwnedFd)>, Error> {
             FileType::from_raw_mode(what.st_mode),
             FileType::CharacterDevice | FileType::BlockDevice
         );
-        // Its terminals come from its own devpts.
-        if is_device && name != "ptmx" {
+        // Its terminals, the console among them, come from its own devpts.
+        if is_device && !matches!(&*name, "ptmx" | "console") {
             let device = clone_file(&path).context(|| format!("clone the device file {path}"))?;
             found.push((path, device));
         }

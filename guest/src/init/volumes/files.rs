@@ -16,7 +16,7 @@ use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, symlink};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use cube_guest::files::{FileEntry, FileSet, MAX_FILES, MAX_SET};
-use cube_guest::frame;
+use cube_guest::frame::{self, FrameError};
 use rustix::fs::{Gid, Mode, Uid};
 
 use crate::error::{Context, Error};
@@ -44,6 +44,9 @@ fn replace_here(stream: &mut impl Read) -> Result<(), Error> {
     let set = match frame::read::<FileSet>(stream) {
         Ok(Some(set)) => set,
         Ok(None) => return Err(Error::Refused("the stream ended before its files".into())),
+        Err(FrameError::Io(error)) => {
+            return Err(error).context(|| "read the list of files".into());
+        }
         // Not the sentence of serde_json, which may quote a value.
         Err(_) => return Err(Error::Refused("the list of files is malformed".into())),
     };
