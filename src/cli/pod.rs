@@ -104,6 +104,7 @@ pub(crate) fn run(arguments: PodArgs) -> Result<ExitCode, Failure> {
             ..PodSpec::default()
         },
         timeline: false,
+        console: None,
         id: id.clone(),
     };
     let base = base_directory().map_err(Failure::new)?;

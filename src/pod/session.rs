@@ -424,10 +424,12 @@ impl Session {
                 let status = printable_status(status);
                 Ok(SessionEvent::ExecExited { exec, status })
             }
-            GuestEvent::OomKilled { container } if self.containers.contains_key(&container) => {
-                Ok(SessionEvent::OomKilled { container })
-            }
-            GuestEvent::OomKilled { .. } => Err(out_of_order("an OOM kill in a stranger")),
+            GuestEvent::OomKilled { container } => match self.containers.get(&container) {
+                Some(Phase::Starting | Phase::Running) => Ok(SessionEvent::OomKilled { container }),
+                _ => Err(out_of_order(
+                    "the OOM killer in a container that is not live",
+                )),
+            },
             GuestEvent::Exited { container, status } => {
                 self.advance(&container, Phase::Exited)?;
                 let status = printable_status(status);

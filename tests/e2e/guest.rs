@@ -123,6 +123,7 @@ fn machine(directory: &Path, pod: &PodSpec) -> MachineSpec {
         huge_pages: false,
         spare_slots: 2,
         console: None,
+        huge_pages: false,
     }
 }
 
