@@ -8,10 +8,12 @@
 //! - [`listen`]: the two sockets at which a vsock device delivers what the guest dials.
 //! - `frames`: control frames out of a non-blocking connection.
 //! - `pairing`: streams matched to their owners by token.
+//! - [`seccomp_profile`]: OCI seccomp profiles compiled for the guest.
 
 pub(crate) mod frames;
 pub mod listen;
 pub(crate) mod pairing;
+pub mod seccomp_profile;
 pub mod session;
 
 pub use listen::{ListenError, Ports};
