@@ -23,6 +23,8 @@ pub struct Footprint {
 /// One mapping of `/proc/PID/smaps`.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 struct Mapping {
+    start: u64,
+    end: u64,
     size_kib: u64,
     pss_kib: u64,
     rss_kib: u64,
@@ -39,63 +41,118 @@ pub fn of_process(pid: u32, memory_mib: u32) -> io::Result<Footprint> {
     Ok(footprint)
 }
 
-/// Guest memory is the largest mapping, and every further one until the guest's size is reached: a VMM
-/// maps it in one piece, or in two around the hole below 4 GiB.
+/// Guest memory is the run of neighbouring mappings whose sizes add up to the guest's size (advice splits a
+/// mapping). A VMM whose memory is in several places gets the largest mappings until its size is reached.
 fn of_smaps(smaps: &str, memory_mib: u32) -> Footprint {
     let mut mappings = parse(smaps);
-    mappings.sort_by_key(|mapping| std::cmp::Reverse(mapping.size_kib));
     let guest_kib = u64::from(memory_mib) * 1024;
-    let (mut found_kib, mut footprint) = (0, Footprint::default());
-    for mapping in mappings {
-        if found_kib < guest_kib && mapping.size_kib >= (guest_kib - found_kib).min(guest_kib / 8) {
-            found_kib += mapping.size_kib;
+    let guest = run_of(&mappings, guest_kib);
+    let mut footprint = Footprint::default();
+    let mut count = |mapping: &Mapping, is_guest: bool| {
+        if is_guest {
             footprint.guest_touched_kib += mapping.rss_kib;
         } else {
             footprint.overhead_pss_kib += mapping.pss_kib;
             footprint.overhead_rss_kib += mapping.rss_kib;
         }
+    };
+    if let Some(guest) = guest {
+        for (index, mapping) in mappings.iter().enumerate() {
+            count(mapping, guest.contains(&index));
+        }
+        return footprint;
+    }
+    mappings.sort_by_key(|mapping| std::cmp::Reverse(mapping.size_kib));
+    let mut found_kib = 0;
+    for mapping in &mappings {
+        let missing = guest_kib.saturating_sub(found_kib);
+        let is_guest = missing > 0 && mapping.size_kib >= missing.min(guest_kib / 8);
+        found_kib += if is_guest { mapping.size_kib } else { 0 };
+        count(mapping, is_guest);
     }
     footprint
+}
+
+/// The neighbours that are exactly `guest_kib` large together; of several such runs the one with most in it.
+fn run_of(mappings: &[Mapping], guest_kib: u64) -> Option<std::ops::Range<usize>> {
+    let ends_at = |first: usize| {
+        let mut size = 0;
+        for (index, mapping) in mappings.iter().enumerate().skip(first) {
+            if index > first && mapping.start != mappings[index - 1].end {
+                return None;
+            }
+            size += mapping.size_kib;
+            if size >= guest_kib {
+                return (size == guest_kib).then_some(first..index + 1);
+            }
+        }
+        None
+    };
+    let resident =
+        |run: &std::ops::Range<usize>| mappings[run.clone()].iter().map(|m| m.rss_kib).sum::<u64>();
+    (0..mappings.len()).filter_map(ends_at).max_by_key(resident)
 }
 
 fn parse(smaps: &str) -> Vec<Mapping> {
     let mut mappings: Vec<Mapping> = Vec::new();
     for line in smaps.lines() {
-        let Some((key, value)) = line.split_once(':') else {
+        if let Some((start, end)) = range(line) {
+            mappings.push(Mapping {
+                start,
+                end,
+                ..Mapping::default()
+            });
+            continue;
+        }
+        let (Some((key, value)), Some(mapping)) = (line.split_once(':'), mappings.last_mut())
+        else {
             continue;
         };
         let kib = || value.split_whitespace().next()?.parse().ok();
-        match (key, mappings.last_mut()) {
-            ("Size", _) => mappings.push(Mapping {
-                size_kib: kib().unwrap_or(0),
-                ..Mapping::default()
-            }),
-            ("Pss", Some(mapping)) => mapping.pss_kib = kib().unwrap_or(0),
-            ("Rss", Some(mapping)) => mapping.rss_kib = kib().unwrap_or(0),
+        match key {
+            "Size" => mapping.size_kib = kib().unwrap_or(0),
+            "Pss" => mapping.pss_kib = kib().unwrap_or(0),
+            "Rss" => mapping.rss_kib = kib().unwrap_or(0),
             _ => {}
         }
     }
     mappings
 }
 
+/// The addresses in a mapping's first line: `7f0000000000-7f0008000000 rw-p …`.
+fn range(line: &str) -> Option<(u64, u64)> {
+    let (start, end) = line.split(' ').next()?.split_once('-')?;
+    Some((
+        u64::from_str_radix(start, 16).ok()?,
+        u64::from_str_radix(end, 16).ok()?,
+    ))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn mapping(size: u64, rss: u64, pss: u64) -> String {
-        format!(
-            "7f0000000000-7f0008000000 rw-p 00000000 00:00 0\nSize: {size} kB\nRss: {rss} kB\nPss: {pss} kB\n"
-        )
+    /// A map of (gap before it, size, resident, proportional) in KiB.
+    fn smaps(mappings: &[(u64, u64, u64, u64)]) -> String {
+        let mut address: u64 = 0x7f00_0000_0000;
+        let line = |&(gap, size, rss, pss): &(u64, u64, u64, u64)| {
+            let start = address + (gap << 10);
+            address = start + (size << 10);
+            format!(
+                "{start:x}-{address:x} rw-p 00000000 00:00 0\nSize: {size} kB\nRss: {rss} kB\nPss: {pss} kB\n"
+            )
+        };
+        mappings.iter().map(line).collect()
     }
 
     #[test]
     fn guest_memory_is_told_from_the_rest() {
-        let smaps = [
-            mapping(2048, 900, 700),
-            mapping(131_072, 15_000, 15_000),
-            mapping(132, 64, 64),
-        ];
-        let footprint = of_smaps(&smaps.concat(), 128);
+        let smaps = smaps(&[
+            (4, 2048, 900, 700),
+            (4, 131_072, 15_000, 15_000),
+            (0, 132, 64, 64),
+        ]);
+        let footprint = of_smaps(&smaps, 128);
         assert_eq!(footprint.guest_touched_kib, 15_000);
         assert_eq!(
             (footprint.overhead_pss_kib, footprint.overhead_rss_kib),
@@ -104,13 +161,30 @@ mod tests {
     }
 
     #[test]
-    fn guest_memory_may_be_in_two_pieces() {
-        let smaps = [
-            mapping(3 << 20, 10, 10),
-            mapping(1 << 20, 20, 20),
-            mapping(65_536, 1, 1),
+    fn advice_splits_guest_memory_and_a_large_reservation_is_not_part_of_it() {
+        let pieces = [
+            (4, 65_404, 100, 100),
+            (8, 16_384, 5, 5),
+            (0, 8_192, 8_192, 8_192),
+            (0, 106_496, 3, 3),
         ];
-        let footprint = of_smaps(&smaps.concat(), 4096);
+        let footprint = of_smaps(&smaps(&pieces), 128);
+        assert_eq!(
+            (footprint.guest_touched_kib, footprint.overhead_pss_kib),
+            (8_200, 100)
+        );
+    }
+
+    #[test]
+    fn guest_memory_may_be_in_two_places() {
+        let footprint = of_smaps(
+            &smaps(&[
+                (4, 3 << 20, 10, 10),
+                (4, 1 << 20, 20, 20),
+                (4, 65_536, 1, 1),
+            ]),
+            4096,
+        );
         assert_eq!(
             (footprint.guest_touched_kib, footprint.overhead_pss_kib),
             (30, 1)

@@ -1,5 +1,5 @@
-//! One run of one VMM, from outside: spawn it, wait for the guest's marker on its serial port, look at
-//! the process, end it.
+//! One run of one program, from outside: start it, wait for the guest's marker on its standard output, look at the
+//! process, end it.
 #![forbid(unsafe_code)]
 
 use std::io::{self, Read};
@@ -7,11 +7,12 @@ use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc;
-use std::thread;
+use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use rustix::process::{Pid, Signal, kill_process_group};
+use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, kill_process_group, waitid};
 
+use super::cgroup::Group;
 use super::payload::MARKER;
 
 /// What a VMM that does not get there is given before it is one row that says so.
@@ -31,12 +32,15 @@ pub enum RunError {
         /// What it printed on standard error.
         output: String,
     },
-    /// Nothing happened for [`DEADLINE`].
-    #[error("its guest did not run within {} s", DEADLINE.as_secs())]
-    Hung,
+    /// Nothing happened until the deadline.
+    #[error("its guest did not run within {:.1} s", .0.as_secs_f64())]
+    Hung(Duration),
     /// The process could not be looked at.
     #[error("could not read its memory map: {0}")]
     Look(#[source] io::Error),
+    /// It runs, and did not do what it was started for.
+    #[error("{0}")]
+    Odd(String),
 }
 
 fn last_words(output: &str) -> String {
@@ -50,74 +54,160 @@ fn last_words(output: &str) -> String {
         })
 }
 
-/// A VMM whose guest has said that it runs. Ended when dropped.
-pub struct Running {
+/// A process that was started. It and whatever it forked end when this is dropped.
+#[derive(Debug)]
+pub struct Launched {
     child: Child,
+    began: Instant,
+    marker: mpsc::Receiver<Instant>,
+    words: Option<JoinHandle<String>>,
+    /// Reaped: its process id is somebody else's by now.
+    ended: bool,
+}
+
+/// A process whose guest has said that it runs.
+#[derive(Debug)]
+pub struct Running {
+    launched: Launched,
     /// From just before the process was made to the marker.
     pub elapsed: Duration,
+    /// When the marker came.
+    pub at: Instant,
 }
 
 impl Running {
-    /// The process id of the VMM.
+    /// The process id.
     pub fn pid(&self) -> u32 {
-        self.child.id()
+        self.launched.child.id()
+    }
+
+    /// Ends it; gives what it said on standard error.
+    pub fn stop(mut self) -> String {
+        self.launched.end();
+        self.launched.words()
     }
 }
 
-impl Drop for Running {
+impl Launched {
+    /// Waits for the marker, as long as `deadline` after the start.
+    ///
+    /// # Errors
+    /// See [`RunError`].
+    pub fn wait(mut self, deadline: Duration) -> Result<Running, RunError> {
+        let left = deadline.saturating_sub(self.began.elapsed());
+        match self.marker.recv_timeout(left) {
+            Ok(at) => Ok(Running {
+                elapsed: at - self.began,
+                at,
+                launched: self,
+            }),
+            Err(mpsc::RecvTimeoutError::Timeout) => Err(RunError::Hung(deadline)),
+            Err(mpsc::RecvTimeoutError::Disconnected) => {
+                let status = self.end_after_itself();
+                let output = self.words();
+                Err(RunError::Ended { status, output })
+            }
+        }
+    }
+
+    fn end(&mut self) {
+        if !self.ended {
+            self.kill();
+            let _ = self.child.wait();
+            self.ended = true;
+        }
+    }
+
+    /// Waits for its own end, then ends what it left behind, which may hold its pipes. Its process id is its group's,
+    /// and stays so until it is reaped.
+    fn end_after_itself(&mut self) -> String {
+        let pid = Pid::from_child(&self.child);
+        let _ = waitid(
+            WaitId::Pid(pid),
+            WaitIdOptions::EXITED | WaitIdOptions::NOWAIT,
+        );
+        self.kill();
+        self.ended = true;
+        self.child
+            .wait()
+            .map_or_else(|e| e.to_string(), |status| status.to_string())
+    }
+
+    /// It leads a process group of its own.
+    fn kill(&mut self) {
+        if !self.ended {
+            let _ = kill_process_group(Pid::from_child(&self.child), Signal::KILL);
+        }
+    }
+
+    fn words(&mut self) -> String {
+        self.words
+            .take()
+            .and_then(|words| words.join().ok())
+            .unwrap_or_default()
+    }
+}
+
+impl Drop for Launched {
     fn drop(&mut self) {
-        end(&mut self.child);
+        self.end();
     }
 }
 
-/// Ends a VMM and whatever it forked: it leads a process group of its own.
-fn end(child: &mut Child) {
-    if let Some(group) = i32::try_from(child.id()).ok().and_then(Pid::from_raw) {
-        let _ = kill_process_group(group, Signal::KILL);
+/// Starts `command`, in `group` if there is one.
+///
+/// # Errors
+/// It could not be started.
+pub fn launch(
+    mut command: Command,
+    directory: &Path,
+    group: Option<&Group>,
+) -> Result<Launched, RunError> {
+    command
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .process_group(0)
+        .current_dir(directory);
+    let began = Instant::now();
+    let mut child = match group {
+        Some(group) => group.spawn(&mut command),
+        None => command.spawn(),
     }
-    let _ = child.wait();
+    .map_err(RunError::Spawn)?;
+    let (sender, marker) = mpsc::channel();
+    let (stdout, stderr) = (child.stdout.take(), child.stderr.take());
+    // The readers go on after the marker, so that a program that prints more never blocks on a full pipe.
+    thread::spawn(move || stdout.map(|stdout| drain(stdout, Some(&sender))));
+    let words = thread::spawn(move || stderr.map(|stderr| drain(stderr, None)).unwrap_or_default());
+    Ok(Launched {
+        child,
+        began,
+        marker,
+        words: Some(words),
+        ended: false,
+    })
 }
 
 /// Starts `command` and waits for the marker.
 ///
 /// # Errors
 /// See [`RunError`].
-pub fn start(mut command: Command, directory: &Path) -> Result<Running, RunError> {
-    command
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .process_group(0);
-    command.current_dir(directory);
-    let began = Instant::now();
-    let mut child = command.spawn().map_err(RunError::Spawn)?;
-    let (sender, receiver) = mpsc::channel();
-    let stdout = child.stdout.take();
-    // The reader goes on after the marker, so that a VMM that prints more never blocks on a full pipe.
-    thread::spawn(move || {
-        if let Some(stdout) = stdout {
-            drain(stdout, Some(&sender));
-        }
-    });
-    let stderr = child.stderr.take();
-    let words = thread::spawn(move || stderr.map(|stderr| drain(stderr, None)).unwrap_or_default());
-    match receiver.recv_timeout(DEADLINE) {
-        Ok(at) => Ok(Running {
-            child,
-            elapsed: at - began,
-        }),
-        Err(mpsc::RecvTimeoutError::Timeout) => {
-            end(&mut child);
-            Err(RunError::Hung)
-        }
-        Err(mpsc::RecvTimeoutError::Disconnected) => {
-            let status = child
-                .wait()
-                .map_or_else(|e| e.to_string(), |status| status.to_string());
-            let output = words.join().unwrap_or_default();
-            Err(RunError::Ended { status, output })
-        }
+pub fn start(
+    command: Command,
+    directory: &Path,
+    deadline: Duration,
+    group: Option<&Group>,
+) -> Result<Running, RunError> {
+    launch(command, directory, group)?.wait(deadline)
+}
+
+/// Ends all of them together.
+pub fn stop_all(mut running: Vec<Running>) {
+    for one in &mut running {
+        one.launched.kill();
     }
+    drop(running);
 }
 
 /// Reads to the end; tells `marker` when the marker's byte went by. Returns the first 64 KiB as text.
@@ -149,7 +239,13 @@ mod tests {
     #[test]
     fn a_fake_vmm_is_timed_to_its_marker_and_ended() {
         let here = Path::new("/");
-        let running = start(shell("printf 'noise\\007'; exec sleep 1000"), here).expect("it runs");
+        let running = start(
+            shell("printf 'noise\\007'; exec sleep 1000"),
+            here,
+            DEADLINE,
+            None,
+        )
+        .expect("it runs");
         let pid = running.pid();
         assert!(Path::new(&format!("/proc/{pid}")).exists());
         drop(running);
@@ -157,8 +253,29 @@ mod tests {
     }
 
     #[test]
+    fn a_vmm_that_hangs_is_ended_and_says_so() {
+        let deadline = Duration::from_millis(50);
+        let error =
+            start(shell("exec sleep 1000"), Path::new("/"), deadline, None).expect_err("it hangs");
+        assert_eq!(error.to_string(), "its guest did not run within 0.1 s");
+    }
+
+    #[test]
+    fn what_a_vmm_said_is_there_after_its_end() {
+        let script = "echo stages >&2; printf '\\007'; exec sleep 1000";
+        let running = start(shell(script), Path::new("/"), DEADLINE, None).expect("it runs");
+        assert_eq!(running.stop(), "stages\n");
+    }
+
+    #[test]
     fn a_vmm_that_dies_is_reported_with_its_last_words() {
-        let error = start(shell("echo 'no such kernel' >&2; exit 3"), Path::new("/")).err();
+        let error = start(
+            shell("echo 'no such kernel' >&2; exit 3"),
+            Path::new("/"),
+            DEADLINE,
+            None,
+        )
+        .err();
         let text = error.expect("it failed").to_string();
         assert!(
             text.contains("exit status: 3") && text.contains("no such kernel"),

@@ -5,12 +5,17 @@
 //! and memory and exits are read from `/proc` and debugfs.
 #![forbid(unsafe_code)]
 
+pub mod cgroup;
 pub mod chart;
+pub mod density;
 pub mod exits;
 pub mod footprint;
 pub mod measure;
+mod page;
 pub mod payload;
 pub mod peers;
 pub mod plan;
+pub mod pod;
 pub mod report;
 pub mod stats;
+pub mod syscalls;

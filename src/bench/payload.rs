@@ -25,6 +25,17 @@ const CODE: &[u8] = &[
     0xeb, 0xfd, // jmp to the hlt
 ];
 
+/// The same for a vCPU that is as KVM makes it, in real mode, where `mov dx` has no prefix.
+pub const REAL_MODE: [u8; 13] = [
+    0xba, 0xf8, 0x03, // mov dx, 0x3f8
+    0xb0, MARKER, // mov al, MARKER
+    0xee,   // out dx, al
+    0xb0, 0xfe, // mov al, 0xfe
+    0xe6, 0x64, // out 0x64, al
+    0xf4, // hlt
+    0xeb, 0xfd, // jmp to the hlt
+];
+
 /// The kernel as an ELF file.
 pub fn tiny_kernel() -> Vec<u8> {
     let note = pvh_note();

@@ -21,11 +21,16 @@ pub struct Peer {
     pub path: PathBuf,
     /// The first line that it prints of its version.
     pub version: String,
+    /// The floor's order of calls, once it is found.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub order: Option<&'static str>,
 }
 
 /// The VMMs known here.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 pub enum Kind {
+    /// What no VMM can beat: this project's `cube-bench-floor`, which boots no kernel.
+    Floor,
     /// This project's `cube-vmm`.
     CubeVmm,
     /// Firecracker, configured by a file, without its API.
@@ -41,6 +46,8 @@ pub enum Kind {
 /// The machine that all of them boot.
 #[derive(Debug, Clone, Serialize)]
 pub struct Machine {
+    /// What it is called in reports.
+    pub name: String,
     /// Uncompressed ELF kernel with a PVH note.
     pub kernel: PathBuf,
     /// The binary that is `/init`, and the initramfs made of it; absent for the tiny kernel.
@@ -64,7 +71,8 @@ pub struct Init {
 
 impl Kind {
     /// Every kind, in the order of the tables.
-    pub const ALL: [Self; 5] = [
+    pub const ALL: [Self; 6] = [
+        Self::Floor,
         Self::CubeVmm,
         Self::Firecracker,
         Self::CloudHypervisor,
@@ -75,6 +83,7 @@ impl Kind {
     /// The name of its executable.
     pub fn program(self) -> &'static str {
         match self {
+            Self::Floor => "cube-bench-floor",
             Self::CubeVmm => "cube-vmm",
             Self::Firecracker => "firecracker",
             Self::CloudHypervisor => "cloud-hypervisor",
@@ -96,6 +105,7 @@ impl Kind {
             kind: self,
             path,
             version,
+            order: None,
         })
     }
 
@@ -106,6 +116,10 @@ impl Kind {
         }
     }
 }
+
+/// The orders of its calls that the floor is tried with: memory, interrupt chip, vCPU. A chip cannot be split once
+/// there is a vCPU.
+pub const FLOOR_ORDERS: [&str; 3] = ["imv", "ivm", "miv"];
 
 /// Looks for `program` beside this executable, then in `PATH`.
 pub fn find(program: &str) -> Option<PathBuf> {
@@ -129,6 +143,10 @@ impl Peer {
     pub fn command(&self, machine: &Machine, directory: &Path) -> io::Result<Command> {
         let mut command = Command::new(&self.path);
         match self.kind {
+            Kind::Floor => {
+                let order = self.order.unwrap_or(FLOOR_ORDERS[0]);
+                command.args([&machine.memory_mib.to_string(), order]);
+            }
             Kind::CubeVmm => {
                 let spec = write(directory, "cube-vmm.json", &cube_spec(machine))?;
                 command.arg("--spec").arg(spec);

@@ -1,20 +1,20 @@
-//! What a run of the harness leaves: `report.json` with every sample, `report.html` with the charts, a
-//! table in the terminal; and the comparison of two reports.
+//! What a run of the harness leaves: `report.json` with every sample, the tables in the terminal, and the comparison
+//! of two reports. The page and its charts are `page`.
 #![forbid(unsafe_code)]
 
 use std::fmt::Write as _;
 use std::fs;
-use std::io;
-use std::path::Path;
 
 use serde::Serialize;
 use serde_json::Value;
 
-use super::chart;
-use super::plan::{Machines, Rounds, Row};
+use super::chart::number;
+use super::density::Crowd;
+use super::peers::Machine;
+use super::plan::{Rounds, Row};
 use super::stats::{Summary, Verdict, compare};
 
-/// A figure that tables and charts show.
+/// A figure that tables and charts show. Smaller is better for all of them.
 #[derive(Debug, Clone, Copy)]
 pub struct Figure {
     /// Its name in the report.
@@ -29,27 +29,42 @@ const fn figure(key: &'static str, title: &'static str, unit: &'static str) -> F
     Figure { key, title, unit }
 }
 
-/// The figures shown, in order.
-pub const SHOWN: &[Figure] = &[
-    figure("vmm_start_ms", "VMM start", "ms"),
-    figure("boot_to_init_ms", "Boot to init", "ms"),
-    figure("overhead_pss_mib", "VMM overhead (PSS)", "MiB"),
-    figure("guest_touched_mib", "Guest memory touched", "MiB"),
-    figure("exits_total", "KVM exits to init", ""),
-    figure("threads", "Threads", ""),
+/// The figures shown, in order: a table each.
+pub const SHOWN: [&[Figure]; 2] = [
+    &[
+        figure("vmm_start_ms", "VMM start", "ms"),
+        figure("boot_to_init_ms", "Boot to init", "ms"),
+        figure("cold_start_ms", "Cold start", "ms"),
+        figure("exits_total", "KVM exits to init", ""),
+        figure("syscalls", "System calls to first KVM_RUN", ""),
+    ],
+    &[
+        figure("overhead_pss_mib", "Overhead, PSS", "MiB"),
+        figure("overhead_rss_mib", "Overhead, RSS", "MiB"),
+        figure("guest_touched_mib", "Guest touched", "MiB"),
+        figure("cgroup_mib", "cgroup memory.current", "MiB"),
+        figure("threads", "Threads", ""),
+        figure("binary_mib", "Binary", "MiB"),
+    ],
 ];
+
+/// What every output from the testbed says.
+pub const EMULATED: &str =
+    "Measured with emulated KVM (the testbed): times are ratios to cube-vmm, never absolute.";
 
 /// One run of the harness.
 #[derive(Debug, Serialize)]
 pub struct Report {
     /// Where it ran.
     pub host: Host,
-    /// How often each VMM ran.
+    /// How often each contender ran.
     pub rounds: Rounds,
     /// What was booted.
-    pub machines: Machines,
+    pub machines: Vec<Machine>,
     /// What came of it.
     pub rows: Vec<Row>,
+    /// Many at once.
+    pub crowds: Vec<Crowd>,
 }
 
 /// The machine that it ran on.
@@ -59,17 +74,21 @@ pub struct Host {
     pub processor: String,
     /// Number of processors.
     pub processors: usize,
+    /// Memory in MiB.
+    pub memory_mib: u64,
     /// Kernel release.
     pub kernel: String,
     /// Whether KVM is emulated here: absolute times say nothing then, and only ratios are shown.
     pub emulated: bool,
     /// The version of Cube.
     pub cube: &'static str,
+    /// The commit that it was built from, if whoever ran it said so.
+    pub commit: Option<String>,
 }
 
 impl Host {
     /// This machine. `emulated`: whether it is the testbed.
-    pub fn this(emulated: bool) -> Self {
+    pub fn this(emulated: bool, commit: Option<String>) -> Self {
         let cpuinfo = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
         let model = cpuinfo
             .lines()
@@ -77,13 +96,22 @@ impl Host {
         let processor = model
             .and_then(|line| line.split_once(':'))
             .map_or("unknown", |(_, m)| m.trim());
+        let meminfo = fs::read_to_string("/proc/meminfo").unwrap_or_default();
+        let total = meminfo
+            .lines()
+            .find_map(|line| line.strip_prefix("MemTotal:"));
+        let kib: u64 = total
+            .and_then(|t| t.split_whitespace().next()?.parse().ok())
+            .unwrap_or(0);
         let kernel = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
         Self {
             processor: processor.to_owned(),
             processors: std::thread::available_parallelism().map_or(1, usize::from),
+            memory_mib: kib / 1024,
             kernel: kernel.trim().to_owned(),
             emulated,
             cube: env!("CARGO_PKG_VERSION"),
+            commit,
         }
     }
 }
@@ -96,70 +124,149 @@ impl Row {
 }
 
 impl Report {
-    /// The table for a terminal: medians, and for times on an emulated host the ratio to the first row.
+    /// The tables for a terminal: medians, and for times on an emulated host the ratios to `cube-vmm`.
     pub fn table(&self) -> String {
-        let mut lines = vec![self.header()];
-        lines.extend(self.rows.iter().map(|row| self.line(row)));
-        let width = |column: usize| lines.iter().map(|line| line[column].chars().count()).max();
-        let widths: Vec<usize> = (0..lines[0].len()).map(|c| width(c).unwrap_or(0)).collect();
         let mut text = String::new();
-        for line in &lines {
-            for (column, (cell, width)) in line.iter().zip(&widths).enumerate() {
-                let width = *width;
-                let _ = if column == 0 {
-                    write!(text, "{cell:<width$}")
-                } else {
-                    write!(text, "  {cell:>width$}")
-                };
+        for figures in SHOWN {
+            let figures: Vec<&Figure> = figures
+                .iter()
+                .filter(|figure| self.has(figure.key))
+                .collect();
+            let rows = || {
+                self.rows
+                    .iter()
+                    .filter(|row| figures.iter().any(|f| row.figures.contains_key(f.key)))
+            };
+            if rows().next().is_none() {
+                continue;
             }
-            text.truncate(text.trim_end().len());
+            let title = |figure: &&Figure| match self.unit(figure) {
+                "" => figure.title.to_owned(),
+                unit => format!("{} ({unit})", figure.title),
+            };
+            let mut lines = vec![
+                std::iter::once(String::new())
+                    .chain(figures.iter().map(title))
+                    .collect(),
+            ];
+            lines.extend(rows().map(|row| self.line(row, &figures)));
+            text.push_str(&aligned(&lines));
             text.push('\n');
         }
+        text.push_str(&self.crowd_table());
         for row in &self.rows {
             if let Some(failure) = &row.failure {
-                let _ = writeln!(text, "{}: {failure}", row.peer.name);
+                let _ = writeln!(text, "{}: {failure}", row.name);
             }
         }
         if self.host.emulated {
-            text.push_str("KVM is emulated here: times are shown as ratios to the first row.\n");
+            let _ = writeln!(text, "{EMULATED}");
         }
         text
     }
 
-    fn shown(&self) -> impl Iterator<Item = &'static Figure> {
-        SHOWN.iter().filter(|figure| {
-            self.rows
-                .iter()
-                .any(|row| row.figures.contains_key(figure.key))
-        })
-    }
-
-    fn header(&self) -> Vec<String> {
-        let title = |figure: &Figure| match self.unit(figure) {
-            "" => figure.title.to_owned(),
-            unit => format!("{} ({unit})", figure.title),
+    fn crowd_table(&self) -> String {
+        let time = if self.host.emulated {
+            "x cube-vmm"
+        } else {
+            "ms"
         };
-        std::iter::once("VMM".to_owned())
-            .chain(self.shown().map(title))
-            .collect()
+        let words = [
+            "",
+            "at once",
+            "ready p50",
+            "p95",
+            "p99",
+            "per second",
+            "stop all",
+        ];
+        let mut lines = vec![
+            words
+                .map(|word| match word {
+                    "ready p50" | "p95" | "p99" | "stop all" => format!("{word} ({time})"),
+                    word => word.to_owned(),
+                })
+                .to_vec(),
+        ];
+        for (crowd, batch) in self
+            .crowds
+            .iter()
+            .flat_map(|crowd| crowd.batches.iter().map(move |b| (crowd, b)))
+        {
+            let base = self
+                .crowds
+                .iter()
+                .find(|c| c.name == "cube-vmm")
+                .unwrap_or(crowd);
+            let base = base
+                .batches
+                .iter()
+                .find(|other| other.pods == batch.pods)
+                .filter(|_| self.host.emulated);
+            let ratio = |value: f64, of: &dyn Fn(&super::density::Batch) -> f64| {
+                number(value / base.map_or(1.0, of))
+            };
+            lines.push(vec![
+                crowd.name.clone(),
+                batch.pods.to_string(),
+                ratio(batch.ready(0.5), &|b| b.ready(0.5)),
+                ratio(batch.ready(0.95), &|b| b.ready(0.95)),
+                ratio(batch.ready(0.99), &|b| b.ready(0.99)),
+                ratio(batch.per_second(), &super::density::Batch::per_second),
+                ratio(batch.stop_ms, &|b| b.stop_ms),
+            ]);
+        }
+        let mut text = if lines.len() > 1 {
+            aligned(&lines) + "\n"
+        } else {
+            String::new()
+        };
+        for crowd in &self.crowds {
+            if let (Some(mib), Some(last)) = (crowd.mib_per_pod(), crowd.resident.last()) {
+                let (name, pods, of) = (&crowd.name, last.pods, crowd.memory_of);
+                let _ = writeln!(
+                    text,
+                    "{name}: {pods} idle in {} MiB, {} MiB each (memory of the {of})",
+                    number(last.mib),
+                    number(mib)
+                );
+            }
+            if let Some(failure) = &crowd.failure {
+                let _ = writeln!(text, "{}, {failure}", crowd.name);
+            }
+        }
+        text
     }
 
-    fn unit(&self, figure: &Figure) -> &'static str {
+    /// Whether any row has that figure.
+    pub(super) fn has(&self, key: &str) -> bool {
+        self.rows.iter().any(|row| row.figures.contains_key(key))
+    }
+
+    /// The unit that a figure is shown in.
+    pub(super) fn unit(&self, figure: &Figure) -> &'static str {
         if self.is_ratio(figure.key) {
-            "ratio"
+            "x cube-vmm"
         } else {
             figure.unit
         }
     }
 
-    /// Whether a figure may be shown only as a ratio to the first row.
+    /// Whether a figure may be shown only as a ratio.
     fn is_ratio(&self, key: &str) -> bool {
         self.host.emulated && key.ends_with("_ms")
     }
 
     /// What a figure's values are divided by before they are shown.
-    fn divisor(&self, key: &str) -> f64 {
-        let base = || self.rows.iter().find_map(|row| row.summary(key));
+    pub(super) fn divisor(&self, key: &str) -> f64 {
+        let base = || {
+            let ours = self
+                .rows
+                .iter()
+                .find(|row| row.name == "cube-vmm")
+                .and_then(|row| row.summary(key));
+            ours.or_else(|| self.rows.iter().find_map(|row| row.summary(key)))
+        };
         if self.is_ratio(key) {
             base().map_or(1.0, |base| base.median)
         } else {
@@ -167,103 +274,33 @@ impl Report {
         }
     }
 
-    fn line(&self, row: &Row) -> Vec<String> {
-        let cell = |figure: &Figure| {
+    fn line(&self, row: &Row, figures: &[&Figure]) -> Vec<String> {
+        let cell = |figure: &&Figure| {
             let value = row.summary(figure.key);
             value.map_or_else(
                 || "–".to_owned(),
                 |v| number(v.median / self.divisor(figure.key)),
             )
         };
-        std::iter::once(row.peer.name.clone())
-            .chain(self.shown().map(cell))
+        std::iter::once(row.name.clone())
+            .chain(figures.iter().map(cell))
             .collect()
     }
 
-    /// Writes `report.json`, `report.html` and a chart per figure (SVG) into `directory`.
-    ///
-    /// # Errors
-    /// A file could not be written.
-    pub fn write(&self, directory: &Path) -> io::Result<()> {
-        fs::create_dir_all(directory)?;
-        fs::write(
-            directory.join("report.json"),
-            serde_json::to_vec_pretty(self)?,
-        )?;
-        let mut figures = String::new();
-        for figure in self.shown() {
-            let svg = self.chart(figure);
-            fs::write(directory.join(format!("{}.svg", figure.key)), &svg)?;
-            let _ = writeln!(figures, "<figure>{svg}</figure>");
-        }
-        fs::write(directory.join("report.html"), self.page(&figures))
-    }
-
-    fn chart(&self, figure: &Figure) -> String {
-        let divisor = self.divisor(figure.key);
-        let bar = |row: &Row| {
-            let summary = row.summary(figure.key)?;
-            Some(chart::Bar {
-                label: row.peer.name.clone(),
-                value: summary.median / divisor,
-                low: summary.p25 / divisor,
-                high: summary.p75 / divisor,
-                ours: row.peer.name == "cube-vmm",
-            })
-        };
-        let bars: Vec<chart::Bar> = self.rows.iter().filter_map(bar).collect();
-        let unit = match self.unit(figure) {
-            "ratio" => "times the first row",
-            unit => unit,
-        };
-        chart::bars(figure.title, unit, &bars)
-    }
-
-    fn page(&self, figures: &str) -> String {
-        let versions: String = self
-            .rows
-            .iter()
-            .map(|row| {
-                let text = format!("{}: {}", row.peer.name, row.peer.version);
-                format!("<li>{}</li>\n", chart::escape(&text))
-            })
-            .collect();
-        let note = if self.host.emulated {
-            "<p>KVM was emulated: times are ratios to the first row.</p>"
-        } else {
-            ""
-        };
-        format!(
-            "<!doctype html>\n<meta charset=\"utf-8\">\n<title>Cube: VMM against VMM</title>\n\
-             <style>body{{font:16px system-ui,sans-serif;max-width:50rem;margin:2rem auto;padding:0 1rem}}\
-             figure{{margin:1.5rem 0}}pre{{overflow-x:auto}}</style>\n\
-             <h1>VMM against VMM</h1>\n{note}\n{figures}\n<h2>All figures (medians)</h2>\n<pre>{table}</pre>\n\
-             <h2>How it was measured</h2>\n<p>{rounds} counted runs of each VMM in turn after {warm} to warm up, \
-             the same kernel, initramfs, vCPUs and memory for all. Bars are medians; the line across a bar's \
-             end spans the middle half of the samples. Smaller is better.</p>\n\
-             <p>{processor}, {processors} processors, Linux {kernel}.</p>\n<ul>\n{versions}</ul>\n",
-            table = chart::escape(&self.table()),
-            rounds = self.rounds.counted,
-            warm = self.rounds.warm_up,
-            processor = chart::escape(&self.host.processor),
-            processors = self.host.processors,
-            kernel = chart::escape(&self.host.kernel),
-        )
-    }
-
-    /// Compares each figure of each VMM with those of an earlier `report.json`.
+    /// Compares each figure of each contender with those of an earlier `report.json`. The figures of one report are
+    /// many, so chance must be excluded for each the more surely.
     pub fn compare(&self, old: &Value, threshold: f64) -> Vec<Change> {
         let mut changes = Vec::new();
         for row in &self.rows {
             for (figure, samples) in &row.figures {
-                let Some(before) = old_samples(old, &row.peer.name, figure) else {
+                let Some(before) = old_samples(old, &row.name, figure) else {
                     continue;
                 };
                 let (Some(was), Some(is)) = (Summary::of(&before), Summary::of(samples)) else {
                     continue;
                 };
                 changes.push(Change {
-                    vmm: row.peer.name.clone(),
+                    vmm: row.name.clone(),
                     figure: figure.clone(),
                     before: was.median,
                     after: is.median,
@@ -290,9 +327,9 @@ pub struct Change {
     pub verdict: Verdict,
 }
 
-fn old_samples(old: &Value, vmm: &str, figure: &str) -> Option<Vec<f64>> {
+fn old_samples(old: &Value, name: &str, figure: &str) -> Option<Vec<f64>> {
     let rows = old.get("rows")?.as_array()?;
-    let row = rows.iter().find(|row| row["peer"]["name"] == vmm)?;
+    let row = rows.iter().find(|row| row["name"] == name)?;
     row["figures"]
         .get(figure)?
         .as_array()?
@@ -301,11 +338,144 @@ fn old_samples(old: &Value, vmm: &str, figure: &str) -> Option<Vec<f64>> {
         .collect()
 }
 
-/// Three significant digits, no exponent.
-fn number(value: f64) -> String {
-    match value.abs() {
-        v if v >= 100.0 || v == v.trunc() => format!("{value:.0}"),
-        v if v >= 10.0 => format!("{value:.1}"),
-        _ => format!("{value:.2}"),
+/// Columns as wide as their widest cell: the first to the left, the others to the right.
+fn aligned(lines: &[Vec<String>]) -> String {
+    let columns = lines.first().map_or(0, Vec::len);
+    let width = |column: usize| {
+        lines
+            .iter()
+            .filter_map(|line| line.get(column))
+            .map(|cell| cell.chars().count())
+            .max()
+    };
+    let widths: Vec<usize> = (0..columns)
+        .map(|column| width(column).unwrap_or(0))
+        .collect();
+    let mut text = String::new();
+    for line in lines {
+        for (column, (cell, width)) in line.iter().zip(&widths).enumerate() {
+            let width = *width;
+            let _ = if column == 0 {
+                write!(text, "{cell:<width$}")
+            } else {
+                write!(text, "  {cell:>width$}")
+            };
+        }
+        text.truncate(text.trim_end().len());
+        text.push('\n');
+    }
+    text
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use super::*;
+    use crate::bench::density::{Batch, Resident};
+    use crate::bench::plan::Contender;
+
+    fn row(name: &str, figures: &[(&str, &[f64])]) -> Row {
+        let mut row = Row::new(name.to_owned(), Contender::Missing);
+        row.figures = figures
+            .iter()
+            .map(|(key, samples)| ((*key).to_owned(), samples.to_vec()))
+            .collect();
+        row
+    }
+
+    /// Two VMMs, one missing, one crowd.
+    pub(in crate::bench) fn report(emulated: bool) -> Report {
+        let rounds = Rounds {
+            warm_up: 1,
+            counted: 3,
+            deadline: std::time::Duration::ZERO,
+        };
+        let ours: &[(&str, &[f64])] = &[
+            ("vmm_start_ms", &[4.0, 5.0, 6.0]),
+            ("boot_to_init_ms", &[100.0]),
+            ("overhead_pss_mib", &[2.5]),
+            ("at_vmm_started_ms", &[1.0]),
+            ("at_kernel_started_ms", &[5.0]),
+        ];
+        let theirs: &[(&str, &[f64])] = &[("vmm_start_ms", &[10.0]), ("boot_to_init_ms", &[250.0])];
+        let mut rows = vec![row("cube-vmm", ours), row("firecracker", theirs)];
+        rows.push(Row::missing("crosvm"));
+        let batch = Batch {
+            pods: 2,
+            ready_ms: vec![10.0, 30.0],
+            all_ready_ms: 40.0,
+            stop_ms: 1.5,
+        };
+        let resident = vec![
+            Resident { pods: 1, mib: 20.0 },
+            Resident { pods: 2, mib: 32.0 },
+        ];
+        let crowd = Crowd {
+            name: "cube-vmm".to_owned(),
+            batches: vec![batch],
+            resident,
+            memory_of: "cgroup",
+            failure: None,
+        };
+        Report {
+            host: Host::this(emulated, Some("abc".to_owned())),
+            rounds,
+            machines: Vec::new(),
+            rows,
+            crowds: vec![crowd],
+        }
+    }
+
+    #[test]
+    fn the_table_has_medians_and_a_line_for_who_is_missing() {
+        let table = report(false).table();
+        let line = |start: &str| {
+            table
+                .lines()
+                .find(|line| line.starts_with(start))
+                .expect("a line")
+                .to_owned()
+        };
+        assert_eq!(
+            line("cube-vmm ").split_whitespace().collect::<Vec<_>>(),
+            ["cube-vmm", "5", "100"]
+        );
+        assert!(line("crosvm: ").contains("not found in PATH"), "{table}");
+        assert!(table.contains("2 idle in 32 MiB, 12 MiB each"), "{table}");
+        assert!(table.contains("50"), "pods per second: {table}");
+    }
+
+    #[test]
+    fn from_the_testbed_times_are_ratios_and_bytes_are_bytes() {
+        let table = report(true).table();
+        let line = |start: &str| {
+            table
+                .lines()
+                .find(|line| line.starts_with(start))
+                .expect("a line")
+                .to_owned()
+        };
+        assert_eq!(
+            line("firecracker ").split_whitespace().collect::<Vec<_>>(),
+            ["firecracker", "2", "2.50"]
+        );
+        assert!(
+            table.contains("emulated KVM") && !table.contains("(ms)"),
+            "{table}"
+        );
+        assert!(table.contains("2.50"), "{table}");
+    }
+
+    #[test]
+    fn a_report_compares_with_itself_as_noise() {
+        let report = report(false);
+        let old = serde_json::to_value(&report).expect("JSON");
+        let changes = report.compare(&old, 0.05);
+        assert_eq!(changes.len(), 7);
+        assert!(
+            changes
+                .iter()
+                .all(|change| change.verdict == Verdict::Noise),
+            "{changes:?}"
+        );
     }
 }

@@ -4,14 +4,18 @@
 use std::fs;
 use std::io::{self, IsTerminal, Write};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
 
 use super::failure::{FAILURE, Failure};
+use crate::bench::density::{self, Crowd, Sizes};
+use crate::bench::measure::DEADLINE;
 use crate::bench::payload::tiny_kernel;
 use crate::bench::peers::{Init, Kind, Machine, Peer, find};
-use crate::bench::plan::{Machines, Rounds, Row, run};
+use crate::bench::plan::{Contender, Rounds, Row, run};
+use crate::bench::pod::PodCommand;
 use crate::bench::report::{Change, Host, Report};
 use crate::bench::stats::Verdict;
 use crate::vmm::boot::{cmdline, initramfs};
@@ -19,13 +23,15 @@ use crate::vmm::boot::{cmdline, initramfs};
 /// Measure start-up time and memory footprint, VMM against VMM.
 ///
 /// Every VMM found in PATH or named with --vmm boots the same kernel and initramfs with the same vCPUs
-/// and memory, in turn. Without --kernel only the VMMs themselves are measured, with a tiny kernel.
+/// and memory, in turn. Without --kernel only the VMMs themselves are measured, with a tiny kernel. The row
+/// cube-bench-floor is a bare program that makes the same VM: no VMM starts faster.
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
   cube bench
   cube bench --kernel vmlinux --init bench-init --output report
   cube bench --vmm firecracker=/opt/firecracker/firecracker --rounds 30
+  cube bench --kernel vmlinux --init bench-init --image busybox --at-once 1,10,50 --fill 1024
   cube bench --compare report/report.json
 
 Exit status: 0; 1 if nothing could be measured or, with --compare, if something got worse.")]
@@ -36,6 +42,29 @@ pub(crate) struct BenchArgs {
     /// Static program that is /init and writes the marker (built from this repository: bench-init).
     #[arg(long, value_name = "FILE", env = "CUBE_BENCH_INIT")]
     init: Option<PathBuf>,
+    /// A second kernel that all VMMs boot as well, each in a row of its own.
+    #[arg(long, value_name = "FILE", requires = "kernel")]
+    other_kernel: Option<PathBuf>,
+    /// Its command line.
+    #[arg(
+        long,
+        value_name = "TEXT",
+        requires = "other_kernel",
+        allow_hyphen_values = true
+    )]
+    other_command_line: Option<String>,
+    /// An image in the store that has a shell: `cube run` is a row, and starts pods of it.
+    #[arg(long, value_name = "NAME")]
+    image: Option<String>,
+    /// Also start that many at once, each with --kernel or --image.
+    #[arg(long, value_name = "N,…", value_delimiter = ',', value_parser = clap::value_parser!(u32).range(1..=1000))]
+    at_once: Vec<u32>,
+    /// Also start idle ones until they take that much memory, in MiB.
+    #[arg(long, value_name = "MIB")]
+    fill: Option<u32>,
+    /// Seconds after which a guest that does not run is given up.
+    #[arg(long, value_name = "SECONDS", default_value_t = DEADLINE.as_secs(), value_parser = clap::value_parser!(u64).range(1..))]
+    deadline: u64,
     /// A VMM that is not in PATH, as NAME=FILE.
     #[arg(long = "vmm", value_name = "NAME=FILE", value_parser = named_vmm)]
     vmms: Vec<(String, PathBuf)>,
@@ -60,6 +89,9 @@ pub(crate) struct BenchArgs {
     /// Say that KVM is emulated here (the testbed): only ratios of times are shown.
     #[arg(long, env = "CUBE_TESTBED")]
     emulated: bool,
+    /// The commit that is measured, for the report.
+    #[arg(long, value_name = "ID", env = "CUBE_COMMIT")]
+    commit: Option<String>,
     /// Print the report as JSON instead of a table.
     #[arg(long)]
     json: bool,
@@ -78,26 +110,26 @@ fn named_vmm(text: &str) -> Result<(String, PathBuf), String> {
 /// Runs the harness.
 pub(crate) fn bench(arguments: &BenchArgs) -> Result<u8, Failure> {
     let old = arguments.compare.as_deref().map(read_report).transpose()?;
-    let peers = peers(arguments)?;
     let directory = tempfile::tempdir().map_err(Failure::new)?;
-    let machines = machines(arguments, directory.path())?;
+    let machines = Machines::make(arguments, directory.path())?;
+    let mut rows = rows(arguments, &machines)?;
     let rounds = Rounds {
         warm_up: 1,
         counted: arguments.rounds,
+        deadline: Duration::from_secs(arguments.deadline),
     };
-    let bar = progress(peers.len() as u64 * u64::from(rounds.warm_up + rounds.counted));
-    let rows = run(&peers, &machines, rounds, directory.path(), &mut || {
-        bar.inc(1)
-    });
+    let bar = progress(rows.len() as u64 * u64::from(rounds.warm_up + rounds.counted));
+    let ran = run(&mut rows, rounds, directory.path(), &mut || bar.inc(1));
     bar.finish_and_clear();
-    let rows = rows.map_err(Failure::new)?;
-    let failed = rows.iter().all(|row| row.failure.is_some());
-    let host = Host::this(arguments.emulated);
+    ran.map_err(Failure::new)?;
+    let crowds = crowds(arguments, &rows, directory.path())?;
+    let failed = rows.iter().all(|row| row.figures.is_empty());
     let report = Report {
-        host,
+        host: Host::this(arguments.emulated, arguments.commit.clone()),
         rounds,
-        machines,
+        machines: machines.list(),
         rows,
+        crowds,
     };
     print(arguments, &report).map_err(Failure::new)?;
     if let Some(output) = &arguments.output {
@@ -111,7 +143,7 @@ pub(crate) fn bench(arguments: &BenchArgs) -> Result<u8, Failure> {
     let changes = old
         .map(|old| report.compare(&old, arguments.threshold))
         .unwrap_or_default();
-    print_changes(&changes).map_err(Failure::new)?;
+    print_changes(arguments, &changes).map_err(Failure::new)?;
     let worse = changes
         .iter()
         .any(|change| change.verdict == Verdict::Worse);
@@ -129,53 +161,145 @@ fn read_report(path: &Path) -> Result<serde_json::Value, Failure> {
     serde_json::from_slice(&bytes).map_err(|error| fault(&error))
 }
 
-fn peers(arguments: &BenchArgs) -> Result<Vec<Peer>, Failure> {
-    let mut peers = Vec::new();
+/// Every VMM known, with what it boots; who is not there has a row that says so.
+fn rows(arguments: &BenchArgs, machines: &Machines) -> Result<Vec<Row>, Failure> {
+    let (mut rows, mut others) = (Vec::new(), Vec::new());
     for kind in Kind::ALL {
-        let named = arguments
-            .vmms
-            .iter()
-            .find(|(name, _)| name == kind.program());
-        let Some(path) = named
-            .map(|(_, path)| path.clone())
-            .or_else(|| find(kind.program()))
-        else {
+        let name = kind.program();
+        let Some(peer) = peer(arguments, kind)? else {
+            rows.push(Row::missing(name));
             continue;
         };
-        peers.push(kind.at(path.clone()).map_err(|error| {
-            Failure::new(format_args!("cannot execute {}: {error}", path.display()))
-        })?);
-    }
-    if peers.is_empty() {
-        return Err(Failure::new(
-            "no VMM found: none is in PATH and none is named with --vmm",
+        if let Some(other) = machines.other.as_ref().filter(|_| kind != Kind::Floor) {
+            let contender = Contender::Vmm {
+                peer: peer.clone(),
+                tiny: None,
+                linux: Some(other.clone()),
+            };
+            others.push(Row::new(format!("{name}, {}", other.name), contender));
+        }
+        let (tiny, linux) = (Some(machines.tiny.clone()), machines.linux.clone());
+        rows.push(Row::new(
+            name.to_owned(),
+            Contender::Vmm { peer, tiny, linux },
         ));
     }
-    Ok(peers)
+    if let Some(image) = &arguments.image {
+        let cube = std::env::current_exe().map_err(Failure::new)?;
+        let pod = PodCommand {
+            cube,
+            image: image.clone(),
+            memory_mib: arguments.memory,
+        };
+        rows.push(Row::new("cube run".to_owned(), Contender::Pod(pod)));
+    }
+    rows.append(&mut others);
+    Ok(rows)
 }
 
-fn machines(arguments: &BenchArgs, directory: &Path) -> Result<Machines, Failure> {
-    let kernel = directory.join("tiny.elf");
-    fs::write(&kernel, tiny_kernel()).map_err(Failure::new)?;
-    let tiny = Machine {
-        kernel,
-        init: None,
-        command_line: format!("{} {}", cmdline::ALWAYS, cmdline::SILENT),
-        cpus: arguments.cpus,
-        memory_mib: arguments.memory,
+/// The VMM of that kind: where it is named, else where it is found. One that is named must run.
+fn peer(arguments: &BenchArgs, kind: Kind) -> Result<Option<Peer>, Failure> {
+    let named = arguments
+        .vmms
+        .iter()
+        .find(|(name, _)| name == kind.program());
+    let Some(path) = named
+        .map(|(_, path)| path.clone())
+        .or_else(|| find(kind.program()))
+    else {
+        return Ok(None);
     };
-    let linux = match (&arguments.kernel, &arguments.init) {
-        (Some(kernel), Some(init)) => {
-            let init = init_of(init, directory)?;
-            Some(Machine {
-                kernel: kernel.clone(),
-                init: Some(init),
-                ..tiny.clone()
+    let path = fs::canonicalize(&path).unwrap_or(path);
+    let peer = kind.at(path.clone());
+    peer.map(Some)
+        .map_err(|error| Failure::new(format_args!("cannot execute {}: {error}", path.display())))
+}
+
+/// Many at once, where that was asked for.
+fn crowds(arguments: &BenchArgs, rows: &[Row], directory: &Path) -> Result<Vec<Crowd>, Failure> {
+    if arguments.at_once.is_empty() && arguments.fill.is_none() {
+        return Ok(Vec::new());
+    }
+    let sizes = Sizes {
+        at_once: arguments.at_once.clone(),
+        limit_mib: arguments.fill,
+        deadline: Duration::from_secs(arguments.deadline),
+    };
+    let bar = progress(rows.len() as u64);
+    let mut crowds = Vec::new();
+    for row in rows {
+        bar.set_message(row.name.clone());
+        crowds.extend(density::measure(row, &sizes, directory).map_err(Failure::new)?);
+        bar.inc(1);
+    }
+    bar.finish_and_clear();
+    Ok(crowds)
+}
+
+/// What is booted.
+struct Machines {
+    tiny: Machine,
+    linux: Option<Machine>,
+    other: Option<Machine>,
+}
+
+impl Machines {
+    fn make(arguments: &BenchArgs, directory: &Path) -> Result<Self, Failure> {
+        let kernel = directory.join("tiny.elf");
+        fs::write(&kernel, tiny_kernel()).map_err(Failure::new)?;
+        let tiny = Machine {
+            name: "tiny".to_owned(),
+            kernel,
+            init: None,
+            command_line: format!("{} {}", cmdline::ALWAYS, cmdline::SILENT),
+            cpus: arguments.cpus,
+            memory_mib: arguments.memory,
+        };
+        let (Some(kernel), Some(init)) = (&arguments.kernel, &arguments.init) else {
+            return Ok(Self {
+                tiny,
+                linux: None,
+                other: None,
+            });
+        };
+        let init = Some(init_of(init, directory)?);
+        let linux = Machine {
+            name: "linux".to_owned(),
+            kernel: absolute(kernel)?,
+            init,
+            ..tiny.clone()
+        };
+        let other = arguments.other_kernel.as_deref().map(|kernel| {
+            let own = arguments.other_command_line.clone();
+            Ok(Machine {
+                name: "other kernel".to_owned(),
+                kernel: absolute(kernel)?,
+                command_line: own.unwrap_or_else(|| linux.command_line.clone()),
+                ..linux.clone()
             })
-        }
-        _ => None,
-    };
-    Ok(Machines { tiny, linux })
+        });
+        let other = other.transpose()?;
+        Ok(Self {
+            tiny,
+            linux: Some(linux),
+            other,
+        })
+    }
+
+    fn list(&self) -> Vec<Machine> {
+        let more = [&self.linux, &self.other].into_iter().flatten();
+        std::iter::once(&self.tiny).chain(more).cloned().collect()
+    }
+}
+
+/// VMMs run in a directory of their own.
+fn absolute(path: &Path) -> Result<PathBuf, Failure> {
+    fs::canonicalize(path).map_err(|error| {
+        Failure::usage(format_args!(
+            "cannot read the kernel {}: {error}",
+            path.display()
+        ))
+    })
 }
 
 fn init_of(binary: &Path, directory: &Path) -> Result<Init, Failure> {
@@ -198,7 +322,7 @@ fn progress(runs: u64) -> ProgressBar {
     if !io::stderr().is_terminal() {
         return ProgressBar::hidden();
     }
-    let style = ProgressStyle::with_template("{bar:40} {pos}/{len} runs, {eta} left");
+    let style = ProgressStyle::with_template("{bar:40} {pos}/{len}, {eta} left {msg}");
     ProgressBar::new(runs).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
 }
 
@@ -208,20 +332,16 @@ fn print(arguments: &BenchArgs, report: &Report) -> io::Result<()> {
         serde_json::to_writer_pretty(&mut out, report)?;
         return writeln!(out);
     }
-    let missing: Vec<&str> = Kind::ALL
-        .iter()
-        .map(|kind| kind.program())
-        .filter(|name| !report.rows.iter().any(|row: &Row| row.peer.name == *name))
-        .collect();
-    write!(out, "{}", report.table())?;
-    if !missing.is_empty() {
-        writeln!(out, "Not found: {}.", missing.join(", "))?;
-    }
-    Ok(())
+    write!(out, "{}", report.table())
 }
 
-fn print_changes(changes: &[Change]) -> io::Result<()> {
-    let mut out = io::stdout().lock();
+/// Where JSON was asked for, standard output is that alone.
+fn print_changes(arguments: &BenchArgs, changes: &[Change]) -> io::Result<()> {
+    let mut out: Box<dyn Write> = if arguments.json {
+        Box::new(io::stderr())
+    } else {
+        Box::new(io::stdout())
+    };
     for change in changes {
         let verdict = match change.verdict {
             Verdict::Better => "better",

@@ -99,6 +99,11 @@ pub(crate) struct RunArgs {
     #[arg(long, value_name = "FILE")]
     kernel: Option<PathBuf>,
 
+    /// Write what the guest's kernel says on its console to a file: for a guest that does not boot.
+    /// It makes the boot slower.
+    #[arg(long, value_name = "FILE")]
+    console: Option<PathBuf>,
+
     #[command(flatten)]
     store: StoreArgs,
 
@@ -194,6 +199,7 @@ fn request(arguments: &mut RunArgs, image: Resolved) -> Result<(PodRequest, Stdi
         disks: image.disks,
         guest,
         timeline: arguments.timeline.is_some(),
+        console: arguments.console.take(),
     };
     Ok((request, stdio))
 }

@@ -102,7 +102,7 @@ impl Timeline {
         for stage in &self.stages {
             let at = self.since_origin(stage);
             let bar = "█".repeat(scale(at) - scale(before));
-            let exits = stage.exits.get("total");
+            let exits = stage.exits.get("exits");
             let exits = exits.map_or(String::new(), |n| format!("  {n} exits"));
             // Writing to a string cannot fail.
             let _ = writeln!(
@@ -152,7 +152,7 @@ mod tests {
         timeline.mark_at("container exited", 9_000_000);
         timeline.add_machine(
             "{\"stage\":\"vmm_started\",\"monotonic_ns\":2000000}\nnoise\n\
-             {\"stage\":\"agent_ready\",\"monotonic_ns\":5000000,\"exits\":{\"total\":42}}\n",
+             {\"stage\":\"agent_ready\",\"monotonic_ns\":5000000,\"exits\":{\"exits\":42}}\n",
         );
         timeline
     }
@@ -174,6 +174,6 @@ mod tests {
         assert_eq!(text.lines().count(), 1);
         assert_eq!(json["timeline"][2]["stage"], "agent ready");
         assert_eq!(json["timeline"][2]["ms"], 4.0);
-        assert_eq!(json["timeline"][2]["exits"]["total"], 42);
+        assert_eq!(json["timeline"][2]["exits"]["exits"], 42);
     }
 }

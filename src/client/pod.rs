@@ -47,6 +47,8 @@ pub struct PodRequest {
     pub guest: PodSpec,
     /// Whether `cube-vmm` notes its stages ([`Pod::timeline`]).
     pub timeline: bool,
+    /// File that receives what the guest's kernel says on its console; absent: it has none.
+    pub console: Option<PathBuf>,
 }
 
 /// A pod cannot be started or served.
@@ -248,7 +250,8 @@ fn machine_spec(
             path: vsock,
         }),
         rng: true,
+        huge_pages: false,
         spare_slots: 0,
-        console: None,
+        console: request.console,
     })
 }

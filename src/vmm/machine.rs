@@ -27,6 +27,7 @@ use crate::vmm::kvm::{self, KvmError, Vm};
 use crate::vmm::layout;
 use crate::vmm::memory;
 use crate::vmm::ports::Ports;
+use crate::vmm::seccomp;
 use crate::vmm::serial::{self, Serial};
 use crate::vmm::slots::Slots;
 use crate::vmm::spec::ValidSpec;
@@ -98,7 +99,7 @@ impl Machine {
     ) -> Result<Self, MachineError> {
         let files = BootFiles::open(spec)?;
         let devices = devices::open(spec)?;
-        let memory = memory::allocate(spec.memory_bytes())
+        let memory = memory::allocate(spec.memory_bytes(), spec.huge_pages)
             .map_err(|error| MachineError::Memory(spec.memory_mib, error))?;
         std::thread::scope(|scope| {
             let load = || {
@@ -138,6 +139,7 @@ impl Machine {
         vcpus: Vec<VcpuFd>,
         timeline: &Arc<Timeline>,
     ) -> Result<Self, MachineError> {
+        seccomp::install_handler().map_err(MachineError::Threads)?;
         let worker = match spec.slots() {
             0 => None,
             _ => Some(Worker::spawn("worker", || thread::begin(Role::Worker))?),

@@ -17,6 +17,7 @@ pub mod layout;
 pub mod machine;
 pub mod memory;
 pub mod ports;
+pub mod seccomp;
 pub mod serial;
 pub mod signals;
 pub mod slots;

@@ -121,7 +121,7 @@ mod tests {
     use crate::vmm::memory;
 
     fn ports() -> Ports {
-        Ports::new(None, memory::allocate(1 << 20).unwrap())
+        Ports::new(None, memory::allocate(1 << 20, false).unwrap())
     }
 
     #[test]

@@ -28,6 +28,10 @@ pub struct MachineSpec {
     pub cpus: u8,
     /// Guest memory in MiB.
     pub memory_mib: u32,
+    /// Whether the host may back guest memory with transparent huge pages. A workload that uses much memory
+    /// runs faster; every 2 MiB of which the guest touches a byte are then touched whole.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub huge_pages: bool,
     /// Block devices, in order.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub disks: Vec<DiskSpec>,

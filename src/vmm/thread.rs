@@ -4,6 +4,8 @@
 
 use std::io;
 
+use crate::vmm::seccomp;
+
 /// Stack of the threads that this VMM starts, in bytes; untouched pages cost nothing.
 pub const STACK: usize = 256 << 10;
 
@@ -18,11 +20,11 @@ pub enum Role {
     Vcpu,
 }
 
-/// Every thread calls this once, before it touches anything of the guest's. It is where the system calls of
-/// its role are to be limited; nothing is limited yet.
+/// Every thread calls this once, before it touches anything of the guest's: from here on it may make only
+/// the system calls of its role.
 ///
 /// # Errors
-/// The kernel refused a limit.
-pub fn begin(_role: Role) -> io::Result<()> {
-    Ok(())
+/// The kernel refused the filter.
+pub fn begin(role: Role) -> io::Result<()> {
+    seccomp::limit(role)
 }

@@ -2,7 +2,7 @@
 //!
 //! With a file, each stage is written to it as one line of JSON at once:
 //! `{"stage":"kernel_started","monotonic_ns":123}`; the stages at which exits are counted carry
-//! `"exits":{"total":…}` as well, see [`crate::vmm::stats`]. Any thread may record. A guest cannot make it
+//! `"exits":{"exits":…}` as well, see [`crate::vmm::stats`]. Any thread may record. A guest cannot make it
 //! grow: each stage is recorded once.
 #![forbid(unsafe_code)]
 
@@ -136,7 +136,7 @@ mod tests {
         let timeline = Timeline::new(Some(file.try_clone().unwrap()));
         timeline.record(Stage::VmmStarted);
         timeline.record_at(Stage::AgentReady, 7, || {
-            BTreeMap::from([("total".into(), 3)])
+            BTreeMap::from([("exits".into(), 3)])
         });
         timeline.record(Stage::AgentReady);
         file.rewind().unwrap();
@@ -144,7 +144,7 @@ mod tests {
         assert_eq!(lines.len(), 2);
         assert_eq!(
             lines[1],
-            r#"{"stage":"agent_ready","monotonic_ns":7,"exits":{"total":3}}"#
+            r#"{"stage":"agent_ready","monotonic_ns":7,"exits":{"exits":3}}"#
         );
         let parsed: Vec<Entry> = lines
             .iter()

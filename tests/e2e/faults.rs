@@ -34,6 +34,21 @@ fn a_guest_that_panics_is_told_from_others() {
 }
 
 #[test]
+fn the_last_lines_of_the_console_tell_why_a_boot_failed() {
+    let init = concat!(env!("CARGO_MANIFEST_DIR"), "/Cargo.toml");
+    let directory = tempfile::tempdir().unwrap();
+    let console = directory.path().join("console").display().to_string();
+    let machine = machine().with("CUBE_INIT", init);
+    let sentence = text(&machine.shell(&["--console", &console], "true").stderr);
+    assert!(sentence.contains("Failed to execute /init"), "{sentence}");
+    assert!(
+        fs::read_to_string(console)
+            .unwrap()
+            .contains("Linux version")
+    );
+}
+
+#[test]
 fn what_is_wrong_on_the_command_line_is_status_2() {
     let cases: [(&[&str], &str); 6] = [
         (&["--memory", "0"], "needs memory"),

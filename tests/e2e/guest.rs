@@ -113,6 +113,7 @@ fn machine(directory: &Path, pod: &PodSpec) -> MachineSpec {
         command_line: String::new(),
         cpus: 1,
         memory_mib: 256,
+        huge_pages: false,
         disks,
         vsock: Some(VsockSpec {
             cid: 3,

@@ -57,7 +57,7 @@ impl DiskDriver {
 
     fn start(disk: Disk, file: File) -> Self {
         let driver = Driver::new(Box::new(Blk::new(disk)));
-        let queue = driver.start(&[256]).remove(0);
+        let queue = driver.start(&[128]).remove(0);
         Self {
             driver,
             queue,
@@ -96,7 +96,7 @@ impl DiskDriver {
     /// The disk still reads what is in its file.
     fn still_works(mut self) {
         self.driver.reset();
-        self.queue = self.driver.start(&[256]).remove(0);
+        self.queue = self.driver.start(&[128]).remove(0);
         let (status, answer, _) = self.request(IN, 0, &[], 4096);
         assert_eq!(status, OK);
         assert_eq!(answer, self.contents()[..4096]);
@@ -172,7 +172,7 @@ fn a_transfer_of_as_many_segments_as_the_queue_holds_is_whole() {
     let mut disk = DiskDriver::new(true);
     let head = disk.driver.alloc_with(&header(IN, 0));
     let mut buffers = vec![Buffer::read(head, 16)];
-    let data: Vec<u64> = (0..254).map(|_| disk.driver.alloc(4096)).collect();
+    let data: Vec<u64> = (0..126).map(|_| disk.driver.alloc(4096)).collect();
     buffers.extend(data.iter().map(|at| Buffer::write(*at, 4096)));
     let status = disk.driver.alloc(1);
     buffers.push(Buffer::write(status, 1));
@@ -181,7 +181,7 @@ fn a_transfer_of_as_many_segments_as_the_queue_holds_is_whole() {
         .iter()
         .flat_map(|at| disk.driver.bytes(*at, 4096))
         .collect();
-    assert_eq!(answer, disk.contents()[..254 * 4096]);
+    assert_eq!(answer, disk.contents()[..126 * 4096]);
 }
 
 #[test]

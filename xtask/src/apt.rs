@@ -27,6 +27,13 @@ pub(crate) const KERNEL: &[&str] = &[
 ];
 /// To run the testbed.
 pub(crate) const TESTBED: &[&str] = &["qemu-system-x86", "busybox-static", "cpio", "kmod"];
+/// To benchmark: a peer, the counter of system calls, charts as PNG.
+pub(crate) const BENCH: &[&str] = &[
+    "qemu-system-x86",
+    "strace",
+    "librsvg2-bin",
+    "fonts-dejavu-core",
+];
 /// To make images and to check what Cube made of them.
 pub(crate) const IMAGES: &[&str] = &["umoci", "erofs-utils", "e2fsprogs"];
 

@@ -75,7 +75,7 @@ impl Metadata {
     }
 }
 
-/// The step that builds `cube-init`; gives its path.
+/// The step that builds `cube-init`, and the benchmarks' init beside it; gives its path.
 pub(crate) fn init(steps: &mut Steps) -> Result<PathBuf> {
     steps.step("cube-init", || {
         let directory = Metadata::read()?.target_directory.join("init");
@@ -87,8 +87,7 @@ pub(crate) fn init(steps: &mut Steps) -> Result<PathBuf> {
                 "--release",
                 "--package",
                 "cube-guest",
-                "--bin",
-                "cube-init",
+                "--bins",
             ])
             .args(["--target", INIT_TARGET, "--target-dir"])
             .arg(&directory)

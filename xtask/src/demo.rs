@@ -19,7 +19,7 @@ const SCRIPT: &str = "echo \"Hello from a container in a microVM.\"; . /etc/os-r
                       echo \"kernel  $(uname -r)\"; echo \"memory  $(grep MemTotal /proc/meminfo | tr -s ' ' | cut -d' ' -f2-)\"; \
                       echo \"root    $(grep ' / ' /proc/mounts | cut -d' ' -f1,3)\"; ps";
 /// The image's name in the demo's store.
-const IMAGE: &str = "demo";
+pub(crate) const IMAGE: &str = "demo";
 
 /// Options of `cargo xtask demo`.
 #[derive(Debug, Args)]

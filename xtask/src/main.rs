@@ -6,6 +6,7 @@
 #![deny(unsafe_code)]
 
 mod apt;
+mod bench;
 mod binaries;
 mod cache;
 mod demo;
@@ -45,6 +46,8 @@ enum Command {
     Demo(demo::Options),
     /// Set up, build, check and run every test, those with real guests too
     Test(test::Options),
+    /// Measure start-up time and memory, VMM against VMM, or hold the promised numbers against this machine
+    Bench(bench::Options),
     /// Install what building and testing need (as root), or list it
     Setup(setup::Options),
     /// Build the slim guest kernel, or find it in the cache
@@ -61,6 +64,7 @@ fn main() -> ExitCode {
     let outcome = match Cli::parse().command {
         Command::Demo(options) => demo::run(&options),
         Command::Test(options) => test::run(&options),
+        Command::Bench(options) => bench::run(&options),
         Command::Setup(options) => setup::run(&options),
         Command::Kernel(options) => kernel::run(&options),
         Command::Doctor(options) => doctor::run(&options),

@@ -34,6 +34,7 @@ impl Script {
             disks: Vec::new(),
             vsock: None,
             rng: false,
+            huge_pages: false,
             spare_slots: 0,
             console: None,
         };
@@ -124,6 +125,7 @@ fn a_program_that_is_not_there_is_named() {
         disks: Vec::new(),
         vsock: None,
         rng: false,
+        huge_pages: false,
         spare_slots: 0,
         console: None,
     };

@@ -13,10 +13,13 @@ use crate::vmm::spec::MachineSpec;
 ///   timer interrupt that this machine does not have;
 /// - `rcupdate.rcu_expedited=1 cryptomgr.notests random.trust_cpu=on`: nothing that boots waits for a
 ///   grace period, a self-test or entropy;
+/// - `percpu_alloc=page`: chunks of per-CPU memory as large as their content. Otherwise they are 2 MiB, and
+///   the cgroup accounting of the second one alone is 4 MiB that every guest touches;
 /// - `swiotlb=noforce`: no bounce buffers (64 MiB of them as soon as there is memory beyond 4 GiB): virtio
 ///   devices reach all of memory.
 pub const ALWAYS: &str = "panic=-1 reboot=k,panic_warm tsc=reliable no_timer_check \
-                      rcupdate.rcu_expedited=1 cryptomgr.notests random.trust_cpu=on swiotlb=noforce";
+                      rcupdate.rcu_expedited=1 cryptomgr.notests random.trust_cpu=on \
+                      percpu_alloc=page swiotlb=noforce";
 /// Without a serial port: no probing for one, no formatting of messages for nobody.
 pub const SILENT: &str = "quiet 8250.nr_uarts=0";
 /// With a serial port every message goes there.

@@ -78,7 +78,7 @@ mod tests {
 
     #[test]
     fn the_kernel_finds_command_line_ramdisk_and_map() {
-        let memory = memory::allocate(2 << 20).unwrap();
+        let memory = memory::allocate(2 << 20, false).unwrap();
         let ramdisk = Ramdisk {
             address: 0x1f_f000,
             length: 77,

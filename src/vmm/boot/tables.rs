@@ -93,7 +93,7 @@ mod tests {
 
     #[test]
     fn every_address_below_one_gib_maps_to_itself() {
-        let memory = memory::allocate(1 << 20).unwrap();
+        let memory = memory::allocate(1 << 20, false).unwrap();
         write(&memory).unwrap();
         let entry = |table: u64, index: u64| -> u64 {
             memory

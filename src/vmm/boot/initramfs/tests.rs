@@ -27,7 +27,7 @@ fn build(spec: &ValidSpec, init: &[u8], kernel_end: u64) -> Result<Vec<u8>, Boot
     let mut file = tempfile::NamedTempFile::new().unwrap();
     file.write_all(init).unwrap();
     let init = Opened::for_reading(&FileSource::Path(file.path().into()), "init").unwrap();
-    let memory = memory::allocate(spec.memory_bytes()).unwrap();
+    let memory = memory::allocate(spec.memory_bytes(), false).unwrap();
     let ramdisk = load(
         &memory,
         spec.initramfs.as_ref().unwrap(),

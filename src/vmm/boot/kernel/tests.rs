@@ -39,7 +39,7 @@ fn image(address: u64, memory_size: u64) -> Vec<u8> {
 fn load_image(image: &[u8], memory_mib: u32) -> Result<LoadedKernel, String> {
     let mut file = tempfile::NamedTempFile::new().unwrap();
     file.write_all(image).unwrap();
-    let memory = memory::allocate(u64::from(memory_mib) << 20).unwrap();
+    let memory = memory::allocate(u64::from(memory_mib) << 20, false).unwrap();
     let mut kernel = Opened::for_reading(&FileSource::Path(file.path().into()), "kernel").unwrap();
     let loaded = load(&memory, &mut kernel, &spec(memory_mib)).map_err(|error| {
         let path = file.path().display().to_string();
@@ -121,7 +121,7 @@ proptest::proptest! {
         image[at..end].copy_from_slice(&bytes[..end - at]);
         let mut file = tempfile::NamedTempFile::new().unwrap();
         file.write_all(&image).unwrap();
-        let memory = memory::allocate(8 << 20).unwrap();
+        let memory = memory::allocate(8 << 20, false).unwrap();
         let mut kernel = Opened::for_reading(&FileSource::Path(file.path().into()), "kernel").unwrap();
         let _ = load(&memory, &mut kernel, &spec(8));
     }

@@ -51,11 +51,11 @@ pub const SECTOR: u64 = 512;
 /// Bytes of the serial that GET_ID returns.
 pub const SERIAL: usize = 20;
 
-/// Entries of each request queue.
-const QUEUE_SIZE: u16 = 256;
+/// Entries of each request queue. Linux allocates a request for each, of about a KiB, at once.
+const QUEUE_SIZE: u16 = 128;
 
 /// Data segments of one request: the queue's entries less the header's and the status byte's.
-const MAX_SEGMENTS: u32 = 254;
+const MAX_SEGMENTS: u32 = QUEUE_SIZE as u32 - 2;
 
 /// Sectors of one DISCARD range: 1 GiB, a hole punched in one call.
 const MAX_DISCARD: u32 = 1 << 21;

@@ -1,0 +1,154 @@
+//! A pod measured as a user starts it: `cube run`.
+#![forbid(unsafe_code)]
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use serde::Deserialize;
+
+use super::cgroup::Group;
+use super::measure::{self, RunError};
+use super::plan::{Figures, look, record};
+
+/// Writes the marker when it runs, then idles.
+const IDLE: &str = "printf '\\007'; exec sleep 1000000";
+
+/// `cube run` with an image whose container has a shell.
+#[derive(Debug, Clone)]
+pub struct PodCommand {
+    /// The program `cube`.
+    pub cube: PathBuf,
+    /// The image's name in the store.
+    pub image: String,
+    /// Memory of the pod's machine in MiB.
+    pub memory_mib: u32,
+}
+
+/// One stage of `cube run --timeline=json`.
+#[derive(Debug, Deserialize)]
+struct Stage {
+    stage: String,
+    ms: f64,
+    #[serde(default)]
+    exits: BTreeMap<String, u64>,
+}
+
+#[derive(Debug, Deserialize)]
+struct Timeline {
+    timeline: Vec<Stage>,
+}
+
+impl PodCommand {
+    /// The command that starts an idle container, which writes the marker.
+    pub fn idle(&self) -> Command {
+        self.command(&[], IDLE)
+    }
+
+    fn command(&self, options: &[&str], script: &str) -> Command {
+        let mut command = Command::new(&self.cube);
+        command.arg("run").args(options);
+        command.args([
+            "--memory",
+            &format!("{}M", self.memory_mib),
+            &self.image,
+            "--",
+            "sh",
+            "-c",
+            script,
+        ]);
+        command
+    }
+
+    /// One cold start to its end, and one idle pod to look at.
+    pub(super) fn measure(
+        &self,
+        deadline: Duration,
+        directory: &Path,
+        taken: &mut Figures,
+    ) -> Result<(), RunError> {
+        for stage in self.start(&[], directory)? {
+            match stage.stage.as_str() {
+                "container started" => record(taken, "cold_start_ms", stage.ms),
+                "agent ready" => exits(&stage, "hello", taken),
+                _ => {}
+            }
+            record(
+                taken,
+                &format!("at_{}_ms", stage.stage.replace(' ', "_")),
+                stage.ms,
+            );
+        }
+        for stage in self.start(&["--console", "console"], directory)? {
+            if stage.stage == "agent ready" {
+                exits(&stage, "hello_console", taken);
+            }
+        }
+        let group = Group::create();
+        let running = measure::start(self.idle(), directory, deadline, group.as_ref())?;
+        let vmm = child_named("cube-vmm", running.pid())
+            .ok_or_else(|| RunError::Odd("`cube run` has no child `cube-vmm`".to_owned()))?;
+        look(vmm, self.memory_mib, group.as_ref(), taken).map_err(RunError::Look)
+    }
+
+    /// The stages of a pod whose container ends at once.
+    fn start(&self, options: &[&str], directory: &Path) -> Result<Vec<Stage>, RunError> {
+        let options = [&["--timeline=json"], options].concat();
+        let mut command = self.command(&options, "exit 0");
+        command.current_dir(directory).stdin(Stdio::null());
+        let output = command.output().map_err(RunError::Spawn)?;
+        let words = String::from_utf8_lossy(&output.stderr).into_owned();
+        let parsed = words
+            .lines()
+            .find_map(|line| serde_json::from_str::<Timeline>(line).ok());
+        match parsed.filter(|_| output.status.success()) {
+            Some(timeline) => Ok(timeline.timeline),
+            None => Err(RunError::Ended {
+                status: output.status.to_string(),
+                output: words,
+            }),
+        }
+    }
+}
+
+fn exits(stage: &Stage, prefix: &str, taken: &mut Figures) {
+    for (reason, count) in &stage.exits {
+        record(taken, &format!("{prefix}_{reason}"), *count as f64);
+    }
+}
+
+/// A child of `parent` that runs a program of that name, found in `/proc` (proc_pid_stat(5): the parent is the second
+/// field after the name, which is in parentheses).
+fn child_named(name: &str, parent: u32) -> Option<u32> {
+    let processes = fs::read_dir("/proc").ok()?.flatten();
+    let mut ids = processes.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
+    ids.find(|id| {
+        let stat = fs::read_to_string(format!("/proc/{id}/stat")).unwrap_or_default();
+        is_child(&stat, name, parent)
+    })
+}
+
+fn is_child(stat: &str, name: &str, parent: u32) -> bool {
+    let Some((head, tail)) = stat.rsplit_once(')') else {
+        return false;
+    };
+    let comm = head.split_once('(').map(|(_, comm)| comm);
+    comm == Some(name) && tail.split_whitespace().nth(1) == Some(parent.to_string().as_str())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_child_is_known_by_its_name_and_its_parent() {
+        let stat = "812 (cube-vmm) S 77 812 812 0 -1 4194304 1 0";
+        assert!(is_child(stat, "cube-vmm", 77));
+        assert!(!is_child(stat, "cube-vmm", 812));
+        assert!(!is_child(stat, "cube", 77));
+        assert!(is_child("9 (a) b) S 1 9", "a) b", 1));
+        assert!(!is_child("", "cube-vmm", 1));
+    }
+}

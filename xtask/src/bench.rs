@@ -1,0 +1,258 @@
+//! `cargo xtask bench`: `cube bench` with everything that it needs, and the promises of `resources/budget.toml` held
+//! against what it measured.
+//!
+//! VMM start is measured natively, with a tiny kernel that any KVM runs. Guests boot natively where KVM runs them, else
+//! in the testbed, whose times are good for ratios alone.
+#![forbid(unsafe_code)]
+
+mod budget;
+
+use std::ffi::OsString;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode};
+use std::time::Duration;
+
+use clap::Args;
+
+use crate::cache::Cache;
+use crate::error::{Doing, Error, Result};
+use crate::steps::{Outcome, Steps};
+use crate::testbed::{self, Job, Limits, Outer};
+use crate::{apt, binaries, demo, doctor, image, kernel, run, setup, test};
+
+use budget::Measured;
+
+/// The command line with which Firecracker's own boot-time benchmark boots its CI guest.
+const OTHER_COMMAND_LINE: &str = "reboot=k panic=1 nomodule 8250.nr_uarts=0 i8042.noaux i8042.nomux i8042.nopnp \
+                                  i8042.dumbkbd swiotlb=noforce cryptomgr.notests";
+/// When the watchdog ends the testbed with the benchmarks in it.
+const TIMEOUT: Duration = Duration::from_secs(40 * 60);
+
+/// Options of `cargo xtask bench`.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:
+  cargo xtask bench                                   every VMM in PATH, charts in target/bench
+  cargo xtask bench --vmm firecracker=/opt/firecracker
+  cargo xtask bench --other-kernel ci-guest           a second kernel beside the slim one
+  cargo xtask bench --at-once 1,10,50 --fill 1024     many at once
+  cargo xtask bench --budget                          hold resources/budget.toml against this machine")]
+pub(crate) struct Options {
+    /// Hold every promised number that can be measured here against resources/budget.toml; fail if one is broken
+    #[arg(long)]
+    budget: bool,
+    /// Counted runs of each VMM natively
+    #[arg(long, default_value_t = 20)]
+    rounds: u32,
+    /// Counted runs of each VMM in the testbed
+    #[arg(long, default_value_t = 5)]
+    testbed_rounds: u32,
+    /// A VMM that is not in PATH, as NAME=FILE
+    #[arg(long = "vmm", value_name = "NAME=FILE")]
+    vmms: Vec<String>,
+    /// A second kernel: the name of a file in guest/kernel, without `.config`
+    #[arg(long, value_name = "NAME")]
+    other_kernel: Option<String>,
+    /// Also start that many at once
+    #[arg(long, value_name = "N,…")]
+    at_once: Option<String>,
+    /// Also start idle ones until they take that much memory, in MiB
+    #[arg(long, value_name = "MIB")]
+    fill: Option<u32>,
+    /// Directory for the reports; `native` and `testbed` are made in it
+    #[arg(long, value_name = "DIR")]
+    output: Option<PathBuf>,
+}
+
+/// What `cube bench` is given.
+struct Parts {
+    binaries: PathBuf,
+    kernel: PathBuf,
+    other_kernel: Option<PathBuf>,
+    cube_init: PathBuf,
+    store: PathBuf,
+    outer: Option<Outer>,
+    output: PathBuf,
+}
+
+pub(crate) fn run(options: &Options) -> Result<ExitCode> {
+    let direct = doctor::kvm_runs_linux();
+    let mut steps =
+        Steps::new(8 + usize::from(!direct) + usize::from(options.other_kernel.is_some()));
+    setup::install(&mut steps)?;
+    steps.step("benchmark tools", || {
+        Ok(((), Outcome::from(!apt::ensure(&[apt::BENCH])?)))
+    })?;
+    let output = match &options.output {
+        Some(output) => output.clone(),
+        None => binaries::Metadata::read()?.target_directory.join("bench"),
+    };
+    fs::create_dir_all(&output).doing("create", &output)?;
+    let binaries = binaries::host(&mut steps, binaries::Profile::Release)?;
+    let parts = Parts {
+        kernel: kernel::step(&mut steps, "cube")?,
+        other_kernel: options
+            .other_kernel
+            .as_deref()
+            .map(|name| kernel::step(&mut steps, name))
+            .transpose()?,
+        outer: if direct {
+            None
+        } else {
+            Some(testbed::step(&mut steps)?)
+        },
+        cube_init: binaries::init(&mut steps)?,
+        store: {
+            let layout = image::step(&mut steps, image::Name::Busybox)?;
+            let store = Cache::of_user()?.root().join("demo-store");
+            demo::import(&binaries.join("cube"), &layout, &store)?;
+            store
+        },
+        binaries,
+        output: output.canonicalize().doing("find", &output)?,
+    };
+    let measured = parts.measure(&mut steps, options)?;
+    if !options.budget {
+        println!("reports: {}", parts.output.display());
+        return Ok(ExitCode::SUCCESS);
+    }
+    let promises = fs::read_to_string(binaries::root().join("resources/budget.toml"))
+        .doing("read", Path::new("resources/budget.toml"))?;
+    let (table, kept) = budget::hold(&promises, &measured)?;
+    print!("{table}");
+    Ok(if kept {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    })
+}
+
+impl Parts {
+    fn measure(&self, steps: &mut Steps, options: &Options) -> Result<Measured> {
+        steps.step("measure", || {
+            eprintln!("{}", test::place(self.outer.is_none()));
+            let native = self.output.join("native");
+            let mut words = self.words(options, options.rounds);
+            let mut command = Command::new(self.binaries.join("cube"));
+            if self.outer.is_none() {
+                words.extend(self.guest_words(options));
+                command.envs(self.guest_variables());
+            }
+            words.extend(["--output".into(), native.clone().into()]);
+            command.args(&words).current_dir(binaries::root());
+            if let Some(commit) = commit() {
+                command.env("CUBE_COMMIT", commit);
+            }
+            run::shown(&mut command)?;
+            render(&native)?;
+            let guests = match &self.outer {
+                None => native.clone(),
+                Some(outer) => self.in_testbed(outer, options)?,
+            };
+            Ok((Measured::read(&native, &guests)?, Outcome::Done))
+        })
+    }
+
+    fn in_testbed(&self, outer: &Outer, options: &Options) -> Result<PathBuf> {
+        let out = self.output.join("testbed");
+        let mut words = vec![self.binaries.join("cube").into()];
+        words.extend(self.words(options, options.testbed_rounds));
+        words.extend(self.guest_words(options));
+        words.extend(["--emulated", "--output", "/run/cube-testbed/out"].map(Into::into));
+        let mut job = Job::new(&words)?.directory(binaries::root()).out(&out)?;
+        for (name, value) in self.guest_variables() {
+            job = job.variable(name, value);
+        }
+        if let Some(commit) = commit() {
+            job = job.variable("CUBE_COMMIT", commit);
+        }
+        let limits = Limits {
+            timeout: TIMEOUT,
+            memory_mib: 6144,
+            cpus: 2,
+        };
+        match testbed::exec(outer, &limits, &job, std::io::stdout())? {
+            0 => {
+                render(&out)?;
+                Ok(out)
+            }
+            status => Err(Error::Said(format!(
+                "`cube bench` in the testbed ended with status {status}"
+            ))),
+        }
+    }
+
+    fn words(&self, options: &Options, rounds: u32) -> Vec<OsString> {
+        let mut words: Vec<OsString> =
+            vec!["bench".into(), "--rounds".into(), rounds.to_string().into()];
+        words.extend(
+            options
+                .vmms
+                .iter()
+                .flat_map(|vmm| ["--vmm".into(), vmm.into()]),
+        );
+        words
+    }
+
+    /// What needs a KVM that runs Linux.
+    fn guest_words(&self, options: &Options) -> Vec<OsString> {
+        let init = self.cube_init.with_file_name("bench-init");
+        let mut words: Vec<OsString> = vec![
+            "--kernel".into(),
+            self.kernel.clone().into(),
+            "--init".into(),
+            init.into(),
+        ];
+        words.extend(["--image".into(), demo::IMAGE.into()]);
+        if let Some(other) = &self.other_kernel {
+            words.extend([
+                "--other-kernel".into(),
+                other.into(),
+                "--other-command-line".into(),
+            ]);
+            words.push(OTHER_COMMAND_LINE.into());
+        }
+        if let Some(numbers) = &options.at_once {
+            words.extend(["--at-once".into(), numbers.into()]);
+        }
+        if let Some(mib) = options.fill {
+            words.extend(["--fill".into(), mib.to_string().into()]);
+        }
+        words
+    }
+
+    /// For `cube run`.
+    fn guest_variables(&self) -> [(&'static str, OsString); 3] {
+        [
+            ("CUBE_KERNEL", self.kernel.clone().into()),
+            ("CUBE_INIT", self.cube_init.clone().into()),
+            ("CUBE_STORE", self.store.clone().into()),
+        ]
+    }
+}
+
+/// The commit of the work tree, if it is one.
+fn commit() -> Option<String> {
+    let mut git = Command::new("git");
+    git.args(["describe", "--always", "--dirty", "--abbrev=12"])
+        .current_dir(binaries::root());
+    run::captured(&mut git)
+        .ok()
+        .map(|text| text.trim().to_owned())
+}
+
+/// Each chart as PNG beside its SVG.
+fn render(directory: &Path) -> Result<()> {
+    for entry in fs::read_dir(directory).doing("read", directory)? {
+        let svg = entry.doing("read", directory)?.path();
+        if svg.extension().is_some_and(|extension| extension == "svg") {
+            let mut convert = Command::new("rsvg-convert");
+            convert
+                .args(["--zoom", "2", "--output"])
+                .arg(svg.with_extension("png"))
+                .arg(&svg);
+            run::captured(&mut convert)?;
+        }
+    }
+    Ok(())
+}
