@@ -97,7 +97,6 @@ pub(crate) fn run(arguments: PodArgs) -> Result<ExitCode, Failure> {
         memory_mib: arguments.memory,
         disks,
         nets: Vec::new(),
-        console: None,
         guest: PodSpec {
             hostname: pod.spec.hostname.unwrap_or_else(|| id.clone()),
             containers,

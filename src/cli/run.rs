@@ -5,7 +5,7 @@ use std::io::{self, IsTerminal};
 use std::path::PathBuf;
 
 use clap::Args;
-use cube_guest::{ContainerSpec, PodSpec, ProcessSpec, RootFs, Stdio, TerminalSize};
+use cube_guest::{ContainerSpec, PodSpec, ProcessSpec, RootFs, SecuritySpec, Stdio, TerminalSize};
 
 use super::attach::{Attachment, attach};
 use super::failure::{Failure, STATUS_HELP};
@@ -19,7 +19,7 @@ use super::terminal;
 use super::timeline::{Timeline, TimelineFormat};
 use crate::client::pod::new_id;
 use crate::client::{Install, Pod, PodRequest, base_directory};
-use crate::pod::new_token;
+use crate::pod::{new_token, seccomp_profile};
 
 /// The terminal's size when there is none to ask.
 const DEFAULT_SIZE: TerminalSize = TerminalSize {
@@ -78,6 +78,10 @@ pub(crate) struct RunArgs {
     /// Make the container's root file system read-only.
     #[arg(long)]
     read_only: bool,
+
+    /// Limit the container's system calls to what an OCI seccomp profile (JSON) allows.
+    #[arg(long, value_name = "FILE")]
+    seccomp: Option<PathBuf>,
 
     /// Size of the writable layer.
     #[arg(long, default_value = "1G", value_name = "SIZE",
@@ -196,6 +200,7 @@ fn request(
             stdio: stdio.clone(),
             ..process
         },
+        security: security(arguments)?,
         ..ContainerSpec::default()
     };
     let guest = PodSpec {
@@ -217,6 +222,22 @@ fn request(
         console: arguments.console.take(),
     };
     Ok((request, stdio))
+}
+
+fn security(arguments: &RunArgs) -> Result<SecuritySpec, Failure> {
+    let Some(path) = &arguments.seccomp else {
+        return Ok(SecuritySpec::default());
+    };
+    let json = std::fs::read(path).map_err(|error| {
+        let path = path.display();
+        Failure::new(format!("cannot read the seccomp profile {path}: {error}"))
+    })?;
+    let seccomp = seccomp_profile::compile(&json)
+        .map_err(|error| Failure::usage(format!("{}: {error}", path.display())))?;
+    Ok(SecuritySpec {
+        seccomp,
+        ..SecuritySpec::default()
+    })
 }
 
 fn container_process(

@@ -12,6 +12,7 @@
 //! - [`event_log`]: what happened; `feed`: bodies that go on.
 //! - `frames`: control frames out of a non-blocking connection.
 //! - `pairing`: streams matched to their owners by token.
+//! - [`seccomp_profile`]: OCI seccomp profiles compiled for the guest.
 
 pub mod api;
 pub(crate) mod channel;
@@ -23,6 +24,7 @@ pub mod listen;
 pub(crate) mod log_file;
 pub(crate) mod pairing;
 pub(crate) mod pending;
+pub mod seccomp_profile;
 pub(crate) mod serve;
 pub mod session;
 pub mod supervisor;

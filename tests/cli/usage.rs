@@ -34,6 +34,20 @@ fn wrong_values_are_status_2() {
 }
 
 #[test]
+fn a_seccomp_profile_that_cannot_be_kept_is_status_2_and_names_the_field() {
+    let cube = Cube::new("run");
+    let profile = r#"{"defaultAction": "SCMP_ACT_NOTIFY"}"#;
+    std::fs::write(cube.path().join("profile.json"), profile).unwrap();
+    let output = cube.run(&["run", "--seccomp", "profile.json", "img"]);
+    let said = text(&output.stderr);
+    assert_eq!(output.status.code(), Some(2), "{said}");
+    assert!(
+        said.contains("profile.json: the seccomp profile's field `defaultAction`"),
+        "{said}"
+    );
+}
+
+#[test]
 fn what_is_not_there_is_status_1_and_named() {
     let cube = Cube::new("run");
     let missing = cube.path().join("missing");

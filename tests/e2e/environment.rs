@@ -72,6 +72,21 @@ fn the_container_is_alone_with_its_host_name() {
 }
 
 #[test]
+fn a_seccomp_profile_is_kept_in_the_guest() {
+    let profile = tempfile::NamedTempFile::new().unwrap();
+    let rules = r#"{"defaultAction": "SCMP_ACT_ALLOW", "syscalls": [
+        {"names": ["mkdir", "mkdirat"], "action": "SCMP_ACT_ERRNO", "errnoRet": 38},
+        {"names": ["rmdir"], "action": "SCMP_ACT_ERRNO"}]}"#;
+    std::fs::write(profile.path(), rules).unwrap();
+    let options = ["--seccomp", profile.path().to_str().unwrap()];
+    let said = say(&options, "mkdir /d 2>&1; rmdir /tmp 2>&1; echo on");
+    let lines: Vec<&str> = said.lines().collect();
+    assert!(lines[0].ends_with("Function not implemented"), "{said}");
+    assert!(lines[1].ends_with("Operation not permitted"), "{said}");
+    assert_eq!(lines[2..], ["on"]);
+}
+
+#[test]
 fn the_timeline_tells_every_stage_in_order() {
     let output = machine().shell(&["--timeline=json"], "true");
     let json: serde_json::Value = serde_json::from_slice(&output.stderr).unwrap();

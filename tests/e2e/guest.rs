@@ -113,6 +113,7 @@ fn machine(directory: &Path, pod: &PodSpec) -> MachineSpec {
         command_line: String::new(),
         cpus: 1,
         memory_mib: 256,
+        huge_pages: false,
         disks,
         vsock: Some(VsockSpec {
             cid: 3,
@@ -120,10 +121,8 @@ fn machine(directory: &Path, pod: &PodSpec) -> MachineSpec {
         }),
         rng: true,
         nets: Vec::new(),
-        huge_pages: false,
         spare_slots: 2,
         console: None,
-        huge_pages: false,
     }
 }
 
