@@ -3,26 +3,24 @@
 #![forbid(unsafe_code)]
 
 mod count;
+mod guests;
 
 use std::ffi::OsString;
 use std::io::Write;
 use std::path::PathBuf;
 use std::process::{Command, ExitCode};
-use std::time::Duration;
 
 use clap::Args;
 
 use crate::error::{Doing, Error, Result};
 use crate::steps::{Outcome, Steps, human};
-use crate::testbed::{self, DIED, Job, Limits, Outer, TIMED_OUT};
+use crate::testbed::{self, Outer};
 use crate::{binaries, demo, doctor, image, kernel, run, setup};
 
-use count::{Counted, Counts};
+use count::Counts;
 
 /// The integration test that boots guests. It runs only with `CUBE_E2E` set, which only this file does.
 const END_TO_END: &str = "e2e";
-/// When the watchdog ends the testbed with the whole suite in it.
-const SUITE_TIMEOUT: Duration = Duration::from_secs(20 * 60);
 
 /// Options of `cargo xtask test`.
 #[derive(Debug, Args)]
@@ -73,7 +71,7 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     if let Some(parts) = parts {
         total += steps.step("tests with real guests", || {
             eprintln!("{}", place(direct));
-            end_to_end(&parts, filter).map(noted)
+            guests::run(&parts, filter).map(noted)
         })?;
         if options.filter.is_none() {
             steps.step("demo", || Ok((demo(&parts)?, Outcome::Done)))?;
@@ -185,23 +183,6 @@ fn native(filter: Option<&str>) -> Result<Counts> {
     counted(&mut command)
 }
 
-/// The tests with real guests, in one run.
-fn end_to_end(parts: &Parts, filter: Option<&str>) -> Result<Counts> {
-    let test = binaries::end_to_end_test()?;
-    if let Some(text) = filter {
-        let list = run::captured(Command::new(&test).args(["--list", "--format=terse", text]))?;
-        if list.trim().is_empty() {
-            return Ok(Counts::default());
-        }
-    }
-    let mut words: Vec<OsString> = vec![test.into(), "--test-threads=2".into()];
-    words.extend(filter.map(Into::into));
-    match &parts.outer {
-        Some(outer) => in_testbed(outer, parts, &words),
-        None => directly(parts, &words),
-    }
-}
-
 /// What `cargo xtask demo` shows, with the binaries just tested.
 fn demo(parts: &Parts) -> Result<()> {
     let store = tempfile::tempdir().doing("create a directory in", &std::env::temp_dir())?;
@@ -218,48 +199,6 @@ fn demo(parts: &Parts) -> Result<()> {
             "the demo's container failed: {status:?}"
         ))),
     }
-}
-
-fn directly(parts: &Parts, words: &[OsString]) -> Result<Counts> {
-    // The tests keep their image store in TMPDIR: a new one each run, as in the testbed.
-    let scratch = tempfile::tempdir().doing("create a directory in", &std::env::temp_dir())?;
-    let mut command = Command::new(words.first().ok_or_else(empty)?);
-    command
-        .args(words.get(1..).unwrap_or_default())
-        .current_dir(binaries::root());
-    command
-        .envs(parts.variables())
-        .env("TMPDIR", scratch.path());
-    counted(&mut command)
-}
-
-fn in_testbed(outer: &Outer, parts: &Parts, words: &[OsString]) -> Result<Counts> {
-    let mut job = Job::new(words)?.directory(binaries::root());
-    for (name, value) in parts.variables() {
-        job = job.variable(name, value);
-    }
-    let limits = Limits {
-        timeout: SUITE_TIMEOUT,
-        memory_mib: 6144,
-        cpus: 2,
-    };
-    let counted = Counted::default();
-    let status = testbed::exec(outer, &limits, &job, counted.clone())?;
-    let counts = counted.counts();
-    match status {
-        TIMED_OUT => Err(Error::Said(
-            "the suite hung in the testbed: the watchdog ended it".into(),
-        )),
-        DIED => Err(Error::Said("the testbed died under the suite".into())),
-        status if status != 0 && counts.good() => Err(Error::Said(format!(
-            "the suite ended with status {status} and without a failed test"
-        ))),
-        _ => Ok(counts),
-    }
-}
-
-fn empty() -> Error {
-    Error::Said("there is no command to run".into())
 }
 
 /// Runs tests, shows their output, counts. Failed tests are counted, other failures are errors.

@@ -2,9 +2,7 @@
 #![forbid(unsafe_code)]
 
 use std::fmt;
-use std::io::{self, Write};
 use std::ops::AddAssign;
-use std::sync::{Arc, Mutex, PoisonError};
 
 /// How many tests did what.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -14,6 +12,14 @@ pub(super) struct Counts {
 }
 
 impl Counts {
+    pub(super) fn new(passed: usize, failed: usize) -> Self {
+        let count = |tests| u64::try_from(tests).unwrap_or(u64::MAX);
+        Self {
+            passed: count(passed),
+            failed: count(failed),
+        }
+    }
+
     /// What a line of output says: a summary, or nothing.
     ///
     /// nextest: `Summary [ 1.2s] 12 tests run: 11 passed (1 slow), 1 failed, 3 skipped`;
@@ -71,99 +77,42 @@ impl fmt::Display for Counts {
     }
 }
 
-/// A stream to standard output that counts on the way.
-#[derive(Debug, Clone, Default)]
-pub(super) struct Counted(Arc<Mutex<(Vec<u8>, Counts)>>);
-
-impl Counted {
-    /// What went by.
-    pub(super) fn counts(&self) -> Counts {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).1
-    }
-}
-
-impl Counted {
-    /// Counts what is in these bytes; a line may come in pieces.
-    fn scan(&self, bytes: &[u8]) {
-        let mut guard = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let (line, counts) = &mut *guard;
-        for &byte in bytes {
-            if byte == b'\n' {
-                *counts += Counts::of_line(&String::from_utf8_lossy(line));
-                line.clear();
-            } else if line.len() < 4096 {
-                line.push(byte);
-            }
-        }
-    }
-}
-
-impl Write for Counted {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.scan(bytes);
-        io::stdout().write_all(bytes)?;
-        Ok(bytes.len())
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        io::stdout().flush()
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn counts(passed: u64, failed: u64) -> Counts {
-        Counts { passed, failed }
-    }
 
     #[test]
     fn summaries_are_understood() {
         let cases = [
             (
                 "     Summary [   1.230s] 12 tests run: 12 passed (1 slow), 3 skipped",
-                counts(12, 0),
+                Counts::new(12, 0),
             ),
             (
                 "     Summary [   1.2s] 5 tests run: 2 passed, 2 failed, 1 timed out, 0 skipped",
-                counts(2, 3),
+                Counts::new(2, 3),
             ),
             (
                 "\x1b[32;1m     Summary\x1b[0m [ 0.1s] \x1b[1m7\x1b[0m tests run: \x1b[1m7\x1b[0m passed",
-                counts(7, 0),
+                Counts::new(7, 0),
             ),
             (
                 "test result: ok. 5 passed; 0 failed; 1 ignored; 0 measured",
-                counts(5, 0),
+                Counts::new(5, 0),
             ),
             (
                 "test result: FAILED. 5 passed; 4 failed; 0 ignored",
-                counts(5, 4),
+                Counts::new(5, 4),
             ),
             (
                 "    test result: FAILED. 0 passed; 1 failed; 0 ignored",
-                counts(0, 0),
+                Counts::new(0, 0),
             ),
-            ("test ends::seven_passed ... ok", counts(0, 0)),
-            ("3 passed", counts(0, 0)),
+            ("test ends::seven_passed ... ok", Counts::new(0, 0)),
+            ("3 passed", Counts::new(0, 0)),
         ];
         for (line, expected) in cases {
             assert_eq!(Counts::of_line(line), expected, "{line}");
         }
-    }
-
-    #[test]
-    fn a_summary_in_pieces_is_counted_once() {
-        let counted = Counted::default();
-        for piece in [
-            "\ntest result: ok. 1",
-            "1 passed; 2 fai",
-            "led; 0 ignored\n",
-            "more",
-        ] {
-            counted.scan(piece.as_bytes());
-        }
-        assert_eq!(counted.counts(), counts(11, 2));
     }
 }
