@@ -87,6 +87,22 @@ impl PodApi {
         Ok(serde_json::from_slice(&response.text()?)?)
     }
 
+    /// Reads a body that is not JSON: metrics, a file.
+    ///
+    /// # Errors
+    /// [`ApiError`]; a body that is shorter than was announced is an I/O error.
+    pub fn read(&self, path: &str) -> Result<Vec<u8>, ApiError> {
+        let response = self.request("GET", path, &[], false)?;
+        let announced = response.length;
+        let body = response.text()?;
+        match announced {
+            Some(length) if length != body.len() as u64 => {
+                Err(io::Error::from(io::ErrorKind::UnexpectedEof).into())
+            }
+            _ => Ok(body),
+        }
+    }
+
     /// A body that goes on, such as events or a followed log.
     ///
     /// # Errors

@@ -37,6 +37,8 @@ pub enum EventKind {
     Ready,
     /// A container's process runs.
     Started,
+    /// A container that had ended was started again, and its process runs.
+    Restarted,
     /// A container's process ended, or could not be started.
     Exited,
     /// The guest's kernel killed a process for want of memory.
@@ -68,6 +70,11 @@ impl EventLog {
             container: container.map(str::to_owned),
             exit_code,
         });
+    }
+
+    /// The number of the last event.
+    pub(crate) fn last(&self) -> u64 {
+        self.last
     }
 
     /// The events after number `since`, a line of JSON each, and the number of the last.

@@ -1,7 +1,6 @@
 //! The client against the real supervisor, in a thread, with a fake agent in another.
 
 use std::collections::BTreeMap;
-use std::fs::File;
 use std::io::BufRead;
 use std::net::Shutdown;
 use std::os::unix::net::UnixListener;
@@ -21,12 +20,15 @@ use crate::pod::api::body::{
     ContainerState, ContainerStatus, CreateContainer, CreateExec, DiskFile, ExecCreated, Exit,
     PodStatus,
 };
-use crate::pod::api::server::Server;
+use crate::pod::api::server::{Limits, Server};
 use crate::pod::listen::port_path;
-use crate::pod::supervisor::{DiskSlots, PodFile, Supervisor, VSOCK_SOCKET};
+use crate::pod::machinery::Machinery;
+use crate::pod::supervisor::{PodFile, Supervisor, VSOCK_SOCKET};
 use crate::vmm::command::Attendant;
 use crate::vmm::exit::End;
+use crate::vmm::own_memory::OwnMemory;
 use crate::vmm::spec::DiskSpec;
+use crate::vmm::timeline::{Entry, Stage};
 
 /// Slots that are only counted.
 #[derive(Default)]
@@ -35,13 +37,33 @@ struct Counted {
     taken: AtomicUsize,
 }
 
-impl DiskSlots for Arc<Counted> {
+impl Machinery for Arc<Counted> {
     fn attach(&self, _: &DiskSpec) -> Result<u16, String> {
         Ok(self.given.fetch_add(1, Ordering::SeqCst) as u16)
     }
 
     fn detach(&self, _: u16) {
         self.taken.fetch_add(1, Ordering::SeqCst);
+    }
+
+    fn timeline(&self) -> Vec<Entry> {
+        let entry = |stage, monotonic_ns| Entry {
+            stage,
+            monotonic_ns,
+            exits: BTreeMap::new(),
+        };
+        vec![
+            entry(Stage::Exec, 5000),
+            entry(Stage::KernelStarted, 12_000),
+        ]
+    }
+
+    fn own_memory(&self) -> io::Result<OwnMemory> {
+        Ok(OwnMemory {
+            pss: 1,
+            rss: 2,
+            guest: 3,
+        })
     }
 }
 
@@ -163,24 +185,25 @@ impl TestPod {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("p");
         std::fs::create_dir(&path).unwrap();
-        let api = Server::new(UnixListener::bind(path.join(API_SOCKET)).unwrap()).unwrap();
+        let api = UnixListener::bind(path.join(API_SOCKET)).unwrap();
+        let api = Server::new(api, Limits::default()).unwrap();
         let pod = PodFile {
             id: "p".to_owned(),
             directory: path.clone(),
             lock_fd: -1,
             api_fd: -1,
+            network_lock_fd: None,
             guest: PodSpec::default(),
             containers: BTreeMap::new(),
         };
-        let lock = File::open(&path).unwrap().into();
-        let mut supervisor = Supervisor::new(pod, lock, api).unwrap();
+        let mut supervisor = Supervisor::new(pod, Vec::new(), api).unwrap();
         let (over, slots) = (Arc::new(AtomicBool::new(false)), Arc::<Counted>::default());
         let (seen, machine) = (over.clone(), slots.clone());
         let supervisor = thread::spawn(move || {
             while !seen.load(Ordering::SeqCst) {
-                supervisor.wait(&[]).unwrap();
+                let ready = supervisor.wait(&[]).unwrap();
                 // The agent's end is the machine's here.
-                if supervisor.turn(&machine).unwrap().is_some() {
+                if supervisor.turn(&machine, &ready).unwrap().is_some() {
                     break;
                 }
             }
