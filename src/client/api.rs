@@ -61,6 +61,11 @@ impl PodApi {
         }
     }
 
+    /// The pod's name.
+    pub fn id(&self) -> &str {
+        &self.id
+    }
+
     /// Calls and takes the answer's JSON; an answer without a body is `null`.
     ///
     /// # Errors

@@ -27,6 +27,9 @@ pub struct PodEventRecord {
     /// Exit code, 128 + N for signal N.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub exit_code: Option<u8>,
+    /// A sentence: how the machine ended.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub message: Option<String>,
 }
 
 /// What happened.
@@ -47,6 +50,8 @@ pub enum EventKind {
     Removed,
     /// The pod was asked to stop.
     Stopping,
+    /// The machine has ended: the last event.
+    Ended,
 }
 
 /// The last events.
@@ -59,6 +64,21 @@ pub(crate) struct EventLog {
 impl EventLog {
     /// Notes an event of now.
     pub(crate) fn push(&mut self, kind: EventKind, container: Option<&str>, exit_code: Option<u8>) {
+        self.add(kind, container, exit_code, None);
+    }
+
+    /// Notes how the machine has ended.
+    pub(crate) fn end(&mut self, sentence: String) {
+        self.add(EventKind::Ended, None, None, Some(sentence));
+    }
+
+    fn add(
+        &mut self,
+        kind: EventKind,
+        container: Option<&str>,
+        exit_code: Option<u8>,
+        message: Option<String>,
+    ) {
         self.last += 1;
         if self.events.len() == KEPT {
             self.events.pop_front();
@@ -69,6 +89,7 @@ impl EventLog {
             kind,
             container: container.map(str::to_owned),
             exit_code,
+            message,
         });
     }
 

@@ -139,6 +139,16 @@ fn of_pod(text: &mut Text, pod: &str, stats: &Stats) {
     let guest = &stats.guest;
     let mut gauges = vec![
         (
+            "cube_agent_memory_rss_bytes",
+            "Of cube-init: RSS.",
+            guest.agent.rss,
+        ),
+        (
+            "cube_agent_descriptors",
+            "Open files of cube-init.",
+            guest.agent.descriptors,
+        ),
+        (
             "cube_pod_memory_total_bytes",
             "The guest's memory.",
             guest.memory_total,

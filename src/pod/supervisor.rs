@@ -457,7 +457,6 @@ impl Supervisor {
             self.turn_channels(&ready);
         }
         self.answer_waiters();
-        self.turn_feeds();
     }
 }
 
@@ -482,6 +481,8 @@ impl Attendant for Supervisor {
 
     fn ended(mut self: Box<Self>, end: &End) {
         self.drain();
+        self.events.end(end.to_string());
+        self.turn_feeds();
         self.remove_directory();
         let body = json!({ "ended": end.to_string() });
         for connection in std::mem::take(&mut self.stop_waiters) {

@@ -6,6 +6,8 @@
 //! - [`body`], [`volume_body`]: what the bodies say.
 
 pub mod body;
+#[cfg(test)]
+pub(crate) mod described;
 pub mod http;
 pub(crate) mod routes;
 pub(crate) mod server;

@@ -29,7 +29,7 @@ impl Supervisor {
     pub(super) fn create(
         &mut self,
         connection: ConnectionId,
-        body: CreateContainer,
+        mut body: CreateContainer,
         machine: &dyn Machinery,
     ) -> Served {
         check_name("id", &body.id)?;
@@ -40,6 +40,7 @@ impl Supervisor {
             let sentence = format!("the pod has {MAX_CONTAINERS} containers: remove one");
             return Err(conflict(sentence));
         }
+        complete(&mut body)?;
         let image = self.disk("image", body.image.clone(), true)?;
         let writable = body.writable.clone();
         let writable = writable
@@ -49,7 +50,7 @@ impl Supervisor {
         let log_path = body.log_path.clone();
         let log_path = log_path.unwrap_or_else(|| self.directory.join(format!("{id}.log")));
         let stdin_once = body.stdin_once;
-        let spec = spec(body, &image, writable.as_ref())?;
+        let spec = spec(body, &image, writable.as_ref());
         let mut container = Container::new(spec, log_path, Vec::new(), stdin_once)
             .map_err(|e| Refusal::field("log_path", format!("cannot open the log: {e}")))?;
         for disk in std::iter::once(image).chain(writable) {
@@ -204,35 +205,34 @@ impl Supervisor {
     }
 }
 
-/// What the guest is told of a container with these disks.
-fn spec(
-    body: CreateContainer,
-    image: &DiskSpec,
-    writable: Option<&DiskSpec>,
-) -> Result<ContainerSpec, Refusal> {
-    let mut process = body.process;
-    process.stdio = stdio(&process.stdio, body.stdin, body.terminal)?;
-    let mut security = body.security;
-    if let Some(profile) = body.seccomp_profile {
-        if security.seccomp != Seccomp::Default {
+/// Draws the tokens of the process's streams, and compiles the profile of its system calls.
+fn complete(body: &mut CreateContainer) -> Result<(), Refusal> {
+    body.process.stdio = stdio(&body.process.stdio, body.stdin, body.terminal)?;
+    if let Some(profile) = body.seccomp_profile.take() {
+        if body.security.seccomp != Seccomp::Default {
             let sentence = "it and `security.seccomp` exclude each other";
             return Err(Refusal::field("seccomp_profile", sentence));
         }
-        security.seccomp = seccomp_profile::compile(profile.to_string().as_bytes())
+        body.security.seccomp = seccomp_profile::compile(profile.to_string().as_bytes())
             .map_err(|error| Refusal::field("seccomp_profile", error.to_string()))?;
     }
-    Ok(ContainerSpec {
+    Ok(())
+}
+
+/// What the guest is told of a container with these disks.
+fn spec(body: CreateContainer, image: &DiskSpec, writable: Option<&DiskSpec>) -> ContainerSpec {
+    ContainerSpec {
         id: body.id,
         rootfs: RootFs {
             image: image.serial.clone(),
             writable: writable.map(|disk| disk.serial.clone()),
             read_only: body.read_only_root,
         },
-        process,
+        process: body.process,
         resources: body.resources,
         mounts: body.mounts,
         devices: body.devices,
-        security,
+        security: body.security,
         pid_namespace: body.pid_namespace,
-    })
+    }
 }
