@@ -26,6 +26,7 @@ use crate::vmm::irq::{self, KvmRoutes};
 use crate::vmm::kvm::{self, KvmError, Vm};
 use crate::vmm::layout;
 use crate::vmm::memory;
+use crate::vmm::own_memory::{self, OwnMemory};
 use crate::vmm::ports::Ports;
 use crate::vmm::seccomp;
 use crate::vmm::serial::{self, Serial};
@@ -33,7 +34,7 @@ use crate::vmm::slots::Slots;
 use crate::vmm::spec::{DiskSpec, ValidSpec};
 use crate::vmm::stats::Stats;
 use crate::vmm::thread::{self, Role};
-use crate::vmm::timeline::{Stage, Timeline};
+use crate::vmm::timeline::{Entry, Stage, Timeline};
 use crate::vmm::vcpu::{self, Platform, VcpuThread};
 use crate::vmm::virtio::blk::Blk;
 use crate::vmm::virtio::net::NetControl;
@@ -191,7 +192,7 @@ impl Machine {
             slots: self.slots,
             nets: self.nets,
             worker: self.worker,
-            _vm: self.vm,
+            vm: self.vm,
         };
         for (id, fd) in (0..).zip(self.vcpus) {
             let thread = VcpuThread::start(id, fd, running.platform.clone());
@@ -236,7 +237,7 @@ pub struct Running {
     slots: Slots,
     nets: Vec<(String, NetControl)>,
     worker: Option<Worker>,
-    _vm: Vm,
+    vm: Vm,
 }
 
 impl Running {
@@ -277,6 +278,19 @@ impl Running {
     /// The virtio-mmio slots, to attach devices to and detach them from while the machine runs.
     pub fn slots(&self) -> &Slots {
         &self.slots
+    }
+
+    /// The stages of the machine's life so far.
+    pub fn timeline(&self) -> Vec<Entry> {
+        self.platform.timeline.entries()
+    }
+
+    /// What this process costs in memory, apart from the guest's.
+    ///
+    /// # Errors
+    /// The process's memory map cannot be read.
+    pub fn own_memory(&self) -> io::Result<OwnMemory> {
+        own_memory::measure(self.vm.memory())
     }
 
     /// The way to change and watch the network called `name` in the spec.

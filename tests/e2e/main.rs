@@ -9,12 +9,16 @@ mod fixture;
 mod guest;
 
 mod background;
+mod commands;
+mod cycles;
 mod ends;
 mod environment;
 mod execs;
 mod faults;
 mod images;
+mod killed;
 mod networks;
+mod pod_files;
 mod pods;
 mod runtime;
 mod streams;
