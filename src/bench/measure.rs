@@ -5,12 +5,15 @@
 use std::io::{self, Read};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::mpsc;
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, kill_process_group, waitid};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::process::{
+    Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, kill_process_group, pidfd_open, waitid,
+};
 
 use super::cgroup::Group;
 use super::payload::MARKER;
@@ -38,6 +41,17 @@ pub enum RunError {
     /// The process could not be looked at.
     #[error("could not read its memory map: {0}")]
     Look(#[source] io::Error),
+    /// It ended by itself, as it was to, but badly.
+    #[error("failed ({status}){}", last_words(.output))]
+    Failed {
+        /// Its exit status.
+        status: String,
+        /// What it printed on standard error.
+        output: String,
+    },
+    /// It was to end by itself, and did not.
+    #[error("did not end within {:.1} s", .0.as_secs_f64())]
+    Lingered(Duration),
     /// It runs, and did not do what it was started for.
     #[error("{0}")]
     Odd(String),
@@ -86,6 +100,26 @@ impl Running {
         self.launched.end();
         self.launched.words()
     }
+
+    /// Waits for its own, good end, at most `deadline`; gives what it said on standard error.
+    ///
+    /// # Errors
+    /// It does not end, or ends badly.
+    pub fn finish(self, deadline: Duration) -> Result<String, RunError> {
+        self.launched.finish(deadline)
+    }
+}
+
+fn said(status: io::Result<ExitStatus>) -> String {
+    status.map_or_else(|error| error.to_string(), |status| status.to_string())
+}
+
+/// Whether that process, which is not reaped yet, ends before the deadline.
+pub(super) fn ends_within(process: Pid, deadline: Duration) -> io::Result<bool> {
+    let end = pidfd_open(process, PidfdFlags::empty())?;
+    let timeout = Timespec::try_from(deadline).map_err(io::Error::other)?;
+    let mut fds = [PollFd::new(&end, PollFlags::IN)];
+    Ok(poll(&mut fds, Some(&timeout))? > 0)
 }
 
 impl Launched {
@@ -103,11 +137,31 @@ impl Launched {
             }),
             Err(mpsc::RecvTimeoutError::Timeout) => Err(RunError::Hung(deadline)),
             Err(mpsc::RecvTimeoutError::Disconnected) => {
-                let status = self.end_after_itself();
+                let status = said(self.end_after_itself());
                 let output = self.words();
                 Err(RunError::Ended { status, output })
             }
         }
+    }
+
+    /// Waits for its own, good end, at most `deadline`; gives what it said on standard error.
+    ///
+    /// # Errors
+    /// It does not end, or ends badly.
+    pub fn finish(mut self, deadline: Duration) -> Result<String, RunError> {
+        let ends = ends_within(Pid::from_child(&self.child), deadline);
+        match ends.map_err(|error| RunError::Odd(format!("cannot wait for its end: {error}"))) {
+            Ok(true) => {}
+            Ok(false) => return Err(RunError::Lingered(deadline)),
+            Err(error) => return Err(error),
+        }
+        let status = self.end_after_itself();
+        let output = self.words();
+        if status.as_ref().is_ok_and(ExitStatus::success) {
+            return Ok(output);
+        }
+        let status = said(status);
+        Err(RunError::Failed { status, output })
     }
 
     fn end(&mut self) {
@@ -120,7 +174,7 @@ impl Launched {
 
     /// Waits for its own end, then ends what it left behind, which may hold its pipes. Its process id is its group's,
     /// and stays so until it is reaped.
-    fn end_after_itself(&mut self) -> String {
+    fn end_after_itself(&mut self) -> io::Result<ExitStatus> {
         let pid = Pid::from_child(&self.child);
         let _ = waitid(
             WaitId::Pid(pid),
@@ -128,9 +182,7 @@ impl Launched {
         );
         self.kill();
         self.ended = true;
-        self.child
-            .wait()
-            .map_or_else(|e| e.to_string(), |status| status.to_string())
+        self.child.wait()
     }
 
     /// It leads a process group of its own.
@@ -265,6 +317,24 @@ mod tests {
         let script = "echo stages >&2; printf '\\007'; exec sleep 1000";
         let running = start(shell(script), Path::new("/"), DEADLINE, None).expect("it runs");
         assert_eq!(running.stop(), "stages\n");
+    }
+
+    #[test]
+    fn one_that_is_to_end_by_itself_is_waited_for_and_not_for_ever() {
+        let here = Path::new("/");
+        let run = |script: &str| start(shell(script), here, DEADLINE, None).expect("it runs");
+        let said = run("printf '\\007'; echo stages >&2").finish(DEADLINE);
+        assert_eq!(said.expect("a good end"), "stages\n");
+        let failed = run("printf '\\007'; echo no >&2; exit 4").finish(DEADLINE);
+        let text = failed.expect_err("a bad end").to_string();
+        assert!(
+            text.contains("exit status: 4") && text.contains("no"),
+            "{text}"
+        );
+        let deadline = Duration::from_millis(50);
+        let lingers = run("printf '\\007'; exec sleep 1000").finish(deadline);
+        let text = lingers.expect_err("it goes on").to_string();
+        assert_eq!(text, "did not end within 0.1 s");
     }
 
     #[test]

@@ -27,7 +27,7 @@ pub struct Peer {
 }
 
 /// The VMMs known here.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
     /// What no VMM can beat: this project's `cube-bench-floor`, which boots no kernel.
     Floor,

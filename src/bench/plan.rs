@@ -12,6 +12,7 @@ use std::time::Duration;
 use rustix::time::{ClockId, clock_gettime};
 use serde::Serialize;
 
+use super::background;
 use super::cgroup::Group;
 use super::exits;
 use super::footprint;
@@ -50,6 +51,8 @@ pub enum Contender {
     },
     /// `cube run`: a pod with a container.
     Pod(PodCommand),
+    /// `cube pod run`: the same, without the command that started it.
+    Background(PodCommand),
     /// Nothing that could be run.
     Missing,
 }
@@ -157,6 +160,7 @@ impl Row {
                 turn.measure(tiny.as_ref(), linux.as_ref())?
             }
             Contender::Pod(pod) => pod.measure(deadline, directory, &mut taken),
+            Contender::Background(pod) => background::measure(pod, deadline, directory, &mut taken),
             Contender::Missing => Ok(()),
         };
         if let Err(error) = outcome {

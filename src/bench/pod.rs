@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::Command;
 use std::time::Duration;
 
 use serde::Deserialize;
@@ -15,6 +15,9 @@ use super::plan::{Figures, look, record};
 
 /// Writes the marker when it runs, then idles.
 const IDLE: &str = "printf '\\007'; exec sleep 1000000";
+
+/// Writes the marker and ends.
+const ONCE: &str = "printf '\\007'";
 
 /// `cube run` with an image whose container has a shell.
 #[derive(Debug, Clone)]
@@ -69,7 +72,7 @@ impl PodCommand {
         directory: &Path,
         taken: &mut Figures,
     ) -> Result<(), RunError> {
-        for stage in self.start(&[], directory)? {
+        for stage in self.start(&[], deadline, directory)? {
             match stage.stage.as_str() {
                 "container started" => record(taken, "cold_start_ms", stage.ms),
                 "agent ready" => exits(&stage, "hello", taken),
@@ -81,7 +84,7 @@ impl PodCommand {
                 stage.ms,
             );
         }
-        for stage in self.start(&["--console", "console"], directory)? {
+        for stage in self.start(&["--console", "console"], deadline, directory)? {
             if stage.stage == "agent ready" {
                 exits(&stage, "hello_console", taken);
             }
@@ -94,22 +97,20 @@ impl PodCommand {
     }
 
     /// The stages of a pod whose container ends at once.
-    fn start(&self, options: &[&str], directory: &Path) -> Result<Vec<Stage>, RunError> {
+    fn start(
+        &self,
+        options: &[&str],
+        deadline: Duration,
+        directory: &Path,
+    ) -> Result<Vec<Stage>, RunError> {
         let options = [&["--timeline=json"], options].concat();
-        let mut command = self.command(&options, "exit 0");
-        command.current_dir(directory).stdin(Stdio::null());
-        let output = command.output().map_err(RunError::Spawn)?;
-        let words = String::from_utf8_lossy(&output.stderr).into_owned();
-        let parsed = words
-            .lines()
-            .find_map(|line| serde_json::from_str::<Timeline>(line).ok());
-        match parsed.filter(|_| output.status.success()) {
-            Some(timeline) => Ok(timeline.timeline),
-            None => Err(RunError::Ended {
-                status: output.status.to_string(),
-                output: words,
-            }),
-        }
+        let command = self.command(&options, ONCE);
+        let words = measure::start(command, directory, deadline, None)?.finish(deadline)?;
+        let mut lines = words.lines();
+        let timeline = lines.find_map(|line| serde_json::from_str::<Timeline>(line).ok());
+        timeline
+            .map(|timeline| timeline.timeline)
+            .ok_or_else(|| RunError::Odd("`cube run` printed no timeline".to_owned()))
     }
 }
 

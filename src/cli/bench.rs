@@ -67,7 +67,10 @@ pub(crate) struct BenchArgs {
     deadline: u64,
     /// A VMM that is not in PATH, as NAME=FILE.
     #[arg(long = "vmm", value_name = "NAME=FILE", value_parser = named_vmm)]
-    vmms: Vec<(String, PathBuf)>,
+    vmms: Vec<(Kind, PathBuf)>,
+    /// Measure only these VMMs; pods of --image are measured all the same.
+    #[arg(long, value_name = "NAME,…", value_delimiter = ',', value_parser = known_vmm)]
+    only: Vec<Kind>,
     /// Counted runs of each VMM.
     #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..=1000))]
     rounds: u32,
@@ -97,14 +100,17 @@ pub(crate) struct BenchArgs {
     json: bool,
 }
 
-fn named_vmm(text: &str) -> Result<(String, PathBuf), String> {
+fn known_vmm(name: &str) -> Result<Kind, String> {
+    let mut kinds = Kind::ALL.into_iter();
     let known = || Kind::ALL.map(Kind::program).join(", ");
-    match text.split_once('=') {
-        Some((name, path)) if Kind::ALL.iter().any(|kind| kind.program() == name) => {
-            Ok((name.to_owned(), path.into()))
-        }
-        _ => Err(format!("expected NAME=FILE with one of {}", known())),
-    }
+    kinds
+        .find(|kind| kind.program() == name)
+        .ok_or_else(|| format!("expected one of {}", known()))
+}
+
+fn named_vmm(text: &str) -> Result<(Kind, PathBuf), String> {
+    let (name, path) = text.split_once('=').ok_or("expected NAME=FILE")?;
+    Ok((known_vmm(name)?, path.into()))
 }
 
 /// Runs the harness.
@@ -164,7 +170,8 @@ fn read_report(path: &Path) -> Result<serde_json::Value, Failure> {
 /// Every VMM known, with what it boots; who is not there has a row that says so.
 fn rows(arguments: &BenchArgs, machines: &Machines) -> Result<Vec<Row>, Failure> {
     let (mut rows, mut others) = (Vec::new(), Vec::new());
-    for kind in Kind::ALL {
+    let chosen = |kind: &Kind| arguments.only.is_empty() || arguments.only.contains(kind);
+    for kind in Kind::ALL.into_iter().filter(chosen) {
         let name = kind.program();
         let Some(peer) = peer(arguments, kind)? else {
             rows.push(Row::missing(name));
@@ -191,7 +198,9 @@ fn rows(arguments: &BenchArgs, machines: &Machines) -> Result<Vec<Row>, Failure>
             image: image.clone(),
             memory_mib: arguments.memory,
         };
-        rows.push(Row::new("cube run".to_owned(), Contender::Pod(pod)));
+        rows.push(Row::new("cube run".to_owned(), Contender::Pod(pod.clone())));
+        let background = Contender::Background(pod);
+        rows.push(Row::new("cube pod run".to_owned(), background));
     }
     rows.append(&mut others);
     Ok(rows)
@@ -199,10 +208,7 @@ fn rows(arguments: &BenchArgs, machines: &Machines) -> Result<Vec<Row>, Failure>
 
 /// The VMM of that kind: where it is named, else where it is found. One that is named must run.
 fn peer(arguments: &BenchArgs, kind: Kind) -> Result<Option<Peer>, Failure> {
-    let named = arguments
-        .vmms
-        .iter()
-        .find(|(name, _)| name == kind.program());
+    let named = arguments.vmms.iter().find(|(named, _)| *named == kind);
     let Some(path) = named
         .map(|(_, path)| path.clone())
         .or_else(|| find(kind.program()))

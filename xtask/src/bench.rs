@@ -50,6 +50,12 @@ pub(crate) struct Options {
     /// A VMM that is not in PATH, as NAME=FILE
     #[arg(long = "vmm", value_name = "NAME=FILE")]
     vmms: Vec<String>,
+    /// Measure only these VMMs, and pods
+    #[arg(long, value_name = "NAME,…")]
+    only: Option<String>,
+    /// Seconds after which a guest that does not run is given up; it is not run again
+    #[arg(long, value_name = "SECONDS", default_value_t = 30, value_parser = clap::value_parser!(u64).range(1..))]
+    deadline: u64,
     /// A second kernel: the name of a file in guest/kernel, without `.config`
     #[arg(long, value_name = "NAME")]
     other_kernel: Option<String>,
@@ -183,8 +189,14 @@ impl Parts {
     }
 
     fn words(&self, options: &Options, rounds: u32) -> Vec<OsString> {
-        let mut words: Vec<OsString> =
-            vec!["bench".into(), "--rounds".into(), rounds.to_string().into()];
+        let deadline = options.deadline.to_string();
+        let mut words: Vec<OsString> = ["bench", "--rounds", &rounds.to_string()]
+            .map(Into::into)
+            .into();
+        words.extend(["--deadline".into(), deadline.into()]);
+        if let Some(only) = &options.only {
+            words.extend(["--only".into(), only.into()]);
+        }
         words.extend(
             options
                 .vmms
@@ -221,9 +233,10 @@ impl Parts {
         words
     }
 
-    /// For `cube run`.
-    fn guest_variables(&self) -> [(&'static str, OsString); 3] {
+    /// For `cube run`; without a network, which the VMMs beside it have none of either.
+    fn guest_variables(&self) -> [(&'static str, OsString); 4] {
         [
+            ("CUBE_NET", "none".into()),
             ("CUBE_KERNEL", self.kernel.clone().into()),
             ("CUBE_INIT", self.cube_init.clone().into()),
             ("CUBE_STORE", self.store.clone().into()),
