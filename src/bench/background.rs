@@ -137,6 +137,7 @@ esac
             cube,
             image,
             memory_mib,
+            throughput: false,
         };
         let mut taken = Figures::new();
         let deadline = Duration::from_secs(60);

@@ -16,7 +16,7 @@ use rustix::process::{
 };
 
 use super::cgroup::Group;
-use super::payload::MARKER;
+use super::payload::{ABSENT, MARKER};
 
 /// What a VMM that does not get there is given before it is one row that says so.
 pub const DEADLINE: Duration = Duration::from_secs(60);
@@ -49,8 +49,8 @@ pub enum RunError {
         /// What it printed on standard error.
         output: String,
     },
-    /// It was to end by itself, and did not.
-    #[error("did not end within {:.1} s", .0.as_secs_f64())]
+    /// It runs, but did not do what it was to do.
+    #[error("did not end its work within {:.1} s", .0.as_secs_f64())]
     Lingered(Duration),
     /// It runs, and did not do what it was started for.
     #[error("{0}")]
@@ -68,12 +68,20 @@ fn last_words(output: &str) -> String {
         })
 }
 
+/// What a guest said, and when.
+#[derive(Debug, Clone, Copy)]
+struct Said {
+    at: Instant,
+    /// Not the marker: it lacks what it was to use.
+    absent: bool,
+}
+
 /// A process that was started. It and whatever it forked end when this is dropped.
 #[derive(Debug)]
 pub struct Launched {
     child: Child,
     began: Instant,
-    marker: mpsc::Receiver<Instant>,
+    marker: mpsc::Receiver<Said>,
     words: Option<JoinHandle<String>>,
     /// Reaped: its process id is somebody else's by now.
     ended: bool,
@@ -85,7 +93,7 @@ pub struct Running {
     launched: Launched,
     /// From just before the process was made to the marker.
     pub elapsed: Duration,
-    /// When the marker came.
+    /// When the last marker came.
     pub at: Instant,
 }
 
@@ -93,6 +101,19 @@ impl Running {
     /// The process id.
     pub fn pid(&self) -> u32 {
         self.launched.child.id()
+    }
+
+    /// Waits for the next marker, at most `deadline`; gives the time since the one before, or none if the guest says
+    /// that it lacks what it was to use.
+    ///
+    /// # Errors
+    /// No marker comes.
+    pub fn next(&mut self, deadline: Duration) -> Result<Option<Duration>, RunError> {
+        let said = self.launched.marker.recv_timeout(deadline);
+        let Said { at, absent } = said.map_err(|_| RunError::Lingered(deadline))?;
+        let took = at - self.at;
+        self.at = at;
+        Ok((!absent).then_some(took))
     }
 
     /// Ends it; gives what it said on standard error.
@@ -130,7 +151,7 @@ impl Launched {
     pub fn wait(mut self, deadline: Duration) -> Result<Running, RunError> {
         let left = deadline.saturating_sub(self.began.elapsed());
         match self.marker.recv_timeout(left) {
-            Ok(at) => Ok(Running {
+            Ok(Said { at, .. }) => Ok(Running {
                 elapsed: at - self.began,
                 at,
                 launched: self,
@@ -263,13 +284,16 @@ pub fn stop_all(mut running: Vec<Running>) {
 }
 
 /// Reads to the end; tells `marker` when the marker's byte went by. Returns the first 64 KiB as text.
-fn drain(mut from: impl Read, marker: Option<&mpsc::Sender<Instant>>) -> String {
+fn drain(mut from: impl Read, marker: Option<&mpsc::Sender<Said>>) -> String {
     let mut kept = Vec::new();
-    let mut buffer = [0; 4096];
+    let mut buffer = vec![0; 65_536];
     while let Ok(count @ 1..) = from.read(&mut buffer) {
         let bytes = &buffer[..count];
-        if let (Some(sender), true) = (marker, bytes.contains(&MARKER)) {
-            let _ = sender.send(Instant::now());
+        let at = Instant::now();
+        for byte in bytes.iter().filter(|byte| [MARKER, ABSENT].contains(byte)) {
+            let absent = *byte == ABSENT;
+            // Nobody waits any more.
+            let _ = marker.map(|sender| sender.send(Said { at, absent }));
         }
         if kept.len() < 65_536 {
             kept.extend_from_slice(bytes);
@@ -320,6 +344,17 @@ mod tests {
     }
 
     #[test]
+    fn markers_are_timed_one_after_the_other() {
+        let script = "printf '\\007'; sleep 0.2; printf '\\007\\025'; exec sleep 1000";
+        let mut running = start(shell(script), Path::new("/"), DEADLINE, None).expect("it runs");
+        let took = running.next(DEADLINE).expect("it says so");
+        assert!(took.is_some_and(|took| took >= Duration::from_millis(200)));
+        assert_eq!(running.next(DEADLINE).expect("it says so"), None);
+        let silent = running.next(Duration::from_millis(50));
+        silent.expect_err("it says no more");
+    }
+
+    #[test]
     fn one_that_is_to_end_by_itself_is_waited_for_and_not_for_ever() {
         let here = Path::new("/");
         let run = |script: &str| start(shell(script), here, DEADLINE, None).expect("it runs");
@@ -334,7 +369,7 @@ mod tests {
         let deadline = Duration::from_millis(50);
         let lingers = run("printf '\\007'; exec sleep 1000").finish(deadline);
         let text = lingers.expect_err("it goes on").to_string();
-        assert_eq!(text, "did not end within 0.1 s");
+        assert_eq!(text, "did not end its work within 0.1 s");
     }
 
     #[test]

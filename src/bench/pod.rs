@@ -19,6 +19,10 @@ const IDLE: &str = "printf '\\007'; exec sleep 1000000";
 /// Writes the marker and ends.
 const ONCE: &str = "printf '\\007'";
 
+/// Writes a file of 64 MiB to the writable layer, all the way, and then 32 MiB to standard output.
+const WORK: &str = "printf '\\007'; dd if=/dev/zero of=/bench bs=1M count=64 conv=fsync 2> /dev/null; printf '\\007'; \
+                    dd if=/dev/zero bs=1M count=32 2> /dev/null; printf '\\007'";
+
 /// `cube run` with an image whose container has a shell.
 #[derive(Debug, Clone)]
 pub struct PodCommand {
@@ -28,6 +32,8 @@ pub struct PodCommand {
     pub image: String,
     /// Memory of the pod's machine in MiB.
     pub memory_mib: u32,
+    /// Whether to measure its disk and its streams too.
+    pub throughput: bool,
 }
 
 /// One stage of `cube run --timeline=json`.
@@ -88,6 +94,15 @@ impl PodCommand {
             if stage.stage == "agent ready" {
                 exits(&stage, "hello_console", taken);
             }
+        }
+        if self.throughput {
+            let command = self.command(&[], WORK);
+            let mut running = measure::start(command, directory, deadline, None)?;
+            for name in ["layer_write_ms", "stdout_ms"] {
+                let took = running.next(deadline)?.unwrap_or_default();
+                record(taken, name, took.as_secs_f64() * 1e3);
+            }
+            running.finish(deadline)?;
         }
         let group = Group::create();
         let running = measure::start(self.idle(), directory, deadline, group.as_ref())?;

@@ -20,6 +20,9 @@ use crate::bench::report::{Change, Host, Report};
 use crate::bench::stats::Verdict;
 use crate::vmm::boot::{cmdline, initramfs};
 
+/// Size of the disk that is read.
+const DISK_MIB: u32 = 64;
+
 /// Measure start-up time and memory footprint, VMM against VMM.
 ///
 /// Every VMM found in PATH or named with --vmm boots the same kernel and initramfs with the same vCPUs
@@ -56,6 +59,9 @@ pub(crate) struct BenchArgs {
     /// An image in the store that has a shell: `cube run` is a row, and starts pods of it.
     #[arg(long, value_name = "NAME")]
     image: Option<String>,
+    /// Also measure the throughput: of a disk, with --image of a container's writable layer and output.
+    #[arg(long, requires = "kernel")]
+    throughput: bool,
     /// Also start that many at once, each with --kernel or --image.
     #[arg(long, value_name = "N,…", value_delimiter = ',', value_parser = clap::value_parser!(u32).range(1..=1000))]
     at_once: Vec<u32>,
@@ -182,14 +188,17 @@ fn rows(arguments: &BenchArgs, machines: &Machines) -> Result<Vec<Row>, Failure>
                 peer: peer.clone(),
                 tiny: None,
                 linux: Some(other.clone()),
+                disk: None,
             };
             others.push(Row::new(format!("{name}, {}", other.name), contender));
         }
-        let (tiny, linux) = (Some(machines.tiny.clone()), machines.linux.clone());
-        rows.push(Row::new(
-            name.to_owned(),
-            Contender::Vmm { peer, tiny, linux },
-        ));
+        let contender = Contender::Vmm {
+            peer,
+            tiny: Some(machines.tiny.clone()),
+            linux: machines.linux.clone(),
+            disk: machines.disk.clone(),
+        };
+        rows.push(Row::new(name.to_owned(), contender));
     }
     if let Some(image) = &arguments.image {
         let cube = std::env::current_exe().map_err(Failure::new)?;
@@ -197,6 +206,7 @@ fn rows(arguments: &BenchArgs, machines: &Machines) -> Result<Vec<Row>, Failure>
             cube,
             image: image.clone(),
             memory_mib: arguments.memory,
+            throughput: arguments.throughput,
         };
         rows.push(Row::new("cube run".to_owned(), Contender::Pod(pod.clone())));
         let background = Contender::Background(pod);
@@ -246,6 +256,7 @@ fn crowds(arguments: &BenchArgs, rows: &[Row], directory: &Path) -> Result<Vec<C
 struct Machines {
     tiny: Machine,
     linux: Option<Machine>,
+    disk: Option<Machine>,
     other: Option<Machine>,
 }
 
@@ -257,6 +268,7 @@ impl Machines {
             name: "tiny".to_owned(),
             kernel,
             init: None,
+            disk: None,
             command_line: format!("{} {}", cmdline::ALWAYS, cmdline::SILENT),
             cpus: arguments.cpus,
             memory_mib: arguments.memory,
@@ -265,6 +277,7 @@ impl Machines {
             return Ok(Self {
                 tiny,
                 linux: None,
+                disk: None,
                 other: None,
             });
         };
@@ -285,17 +298,38 @@ impl Machines {
             })
         });
         let other = other.transpose()?;
+        let disk = match arguments.throughput {
+            true => Some(with_disk(&linux, directory).map_err(Failure::new)?),
+            false => None,
+        };
         Ok(Self {
             tiny,
             linux: Some(linux),
+            disk,
             other,
         })
     }
 
     fn list(&self) -> Vec<Machine> {
-        let more = [&self.linux, &self.other].into_iter().flatten();
+        let more = [&self.linux, &self.disk, &self.other].into_iter().flatten();
         std::iter::once(&self.tiny).chain(more).cloned().collect()
     }
+}
+
+/// That machine with a disk of [`DISK_MIB`], which the host has in its page cache.
+fn with_disk(linux: &Machine, directory: &Path) -> io::Result<Machine> {
+    let disk = directory.join("disk.img");
+    let block: Vec<u8> = (0..1 << 20).map(|n: u32| (n % 251) as u8).collect();
+    let mut file = fs::File::create(&disk)?;
+    for _ in 0..DISK_MIB {
+        file.write_all(&block)?;
+    }
+    Ok(Machine {
+        name: "linux with a disk".to_owned(),
+        disk: Some(disk),
+        command_line: format!("{} bench_io=1", linux.command_line),
+        ..linux.clone()
+    })
 }
 
 /// VMMs run in a directory of their own.

@@ -25,6 +25,7 @@ fn row(directory: &Path, mode: &str) -> Row {
         name: "fake".to_owned(),
         kernel: directory.join("none"),
         init: None,
+        disk: None,
         command_line: String::new(),
         cpus: 1,
         memory_mib: fake::MEMORY_MIB,
@@ -33,6 +34,7 @@ fn row(directory: &Path, mode: &str) -> Row {
         peer,
         tiny: Some(machine.clone()),
         linux: Some(machine),
+        disk: None,
     };
     Row::new(mode.to_owned(), contender)
 }
