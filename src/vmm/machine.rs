@@ -14,7 +14,7 @@ use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, sync_channel};
 
-use kvm_ioctls::VcpuFd;
+use kvm_ioctls::{Kvm, VcpuFd};
 
 use crate::vmm::boot::{self, BootError, BootFiles, EntryPoint, LoadedKernel};
 use crate::vmm::bus::{BusBuilder, Overlap};
@@ -72,9 +72,9 @@ pub enum MachineError {
     /// The layout is contradictory.
     #[error(transparent)]
     Layout(#[from] Overlap),
-    /// The thread that loads the kernel has said on standard error what happened to it.
-    #[error("the thread that loads the kernel has panicked")]
-    LoaderPanicked,
+    /// The first vCPU's thread has said on standard error what happened to it.
+    #[error("the thread that prepares the first vCPU has panicked")]
+    Panicked,
     /// A thread or an eventfd could not be had.
     #[error("cannot start the machine's threads: {0}")]
     Threads(#[source] io::Error),
@@ -96,8 +96,8 @@ impl Machine {
     /// Builds a machine: all files opened, all memory filled, all devices in their slots. With
     /// `count_exits`, the timeline's later stages carry the exits of all vCPUs.
     ///
-    /// The vCPUs' threads are started first: they make themselves ready, and that of the first loads the
-    /// kernel, while this thread talks to KVM, whose calls sleep.
+    /// The vCPUs' threads are started first: they make themselves ready, and that of the first asks for the
+    /// CPUID and loads the kernel, while this thread makes the VM, with calls that sleep.
     ///
     /// # Errors
     /// [`MachineError`]; nothing is left behind.
@@ -110,14 +110,13 @@ impl Machine {
         let Devices { devices, nets } = devices::open(spec)?;
         let memory = memory::allocate(spec.memory_bytes(), spec.huge_pages)
             .map_err(|error| MachineError::Memory(spec.memory_mib, error))?;
-        let Crew { threads, kernel } = Crew::start(spec, &memory, kernel)?;
-        let kvm = kvm::open()?;
+        let kvm = Arc::new(kvm::open()?);
+        let crew = Crew::start(spec, &kvm, &memory, kernel)?;
         let vm = Vm::create(&kvm, memory, layout::ioapic_pins(spec.slots()))?;
         timeline.record(Stage::VmCreated);
-        let model = CpuModel::of_this_host(&kvm, spec.cpus)?;
-        let vcpus = create_vcpus(&vm, &model)?;
+        let vcpus = create_vcpus(&vm, &first_of(&crew.model)??)?;
         let mut machine = Self::assemble(spec, vm, vcpus, timeline)?;
-        machine.threads = threads;
+        machine.threads = crew.threads;
         for device in devices {
             machine.slots.attach(device)?;
         }
@@ -126,7 +125,7 @@ impl Machine {
             machine.platform.stats.watch(&machine.vcpus);
         }
         let rest = boot::load_rest(machine.vm.memory(), spec, init)?;
-        let kernel = kernel.recv().map_err(|_| MachineError::LoaderPanicked)??;
+        let kernel = first_of(&crew.kernel)??;
         timeline.record(Stage::KernelLoaded);
         machine.enter(rest.entry(kernel, spec)?)?;
         Ok(machine)
@@ -193,33 +192,43 @@ impl Machine {
     }
 }
 
-/// The vCPUs' threads, and the kernel that the first of them is loading.
+/// The vCPUs' threads, and what the first of them is about to find out.
 struct Crew {
     threads: Vec<IdleVcpu>,
+    model: Receiver<Result<CpuModel, KvmError>>,
     kernel: Receiver<Result<LoadedKernel, BootError>>,
+}
+
+/// What comes first out of a channel that the first vCPU's thread holds.
+fn first_of<T>(results: &Receiver<T>) -> Result<T, MachineError> {
+    results.recv().map_err(|_| MachineError::Panicked)
 }
 
 impl Crew {
     fn start(
         spec: &Arc<ValidSpec>,
+        kvm: &Arc<Kvm>,
         memory: &GuestMemory,
         kernel: Opened,
     ) -> Result<Self, MachineError> {
         seccomp::install_handler().map_err(MachineError::Threads)?;
-        let (sender, receiver) = sync_channel(1);
-        let (memory, its_spec) = (memory.clone(), spec.clone());
-        let load = move || {
+        let (model_sender, model) = sync_channel(1);
+        let (kernel_sender, loaded) = sync_channel(1);
+        let (kvm, memory, its_spec) = (kvm.clone(), memory.clone(), spec.clone());
+        let prepare = move || {
             // Nobody is there to hear it if the machine cannot be built.
-            let _ = sender.send(boot::load_kernel(&memory, &its_spec, kernel));
+            let _ = model_sender.send(CpuModel::of_this_host(&kvm, its_spec.cpus));
+            let _ = kernel_sender.send(boot::load_kernel(&memory, &its_spec, kernel));
         };
-        let first = IdleVcpu::spawn(0, load).map_err(MachineError::Threads)?;
+        let first = IdleVcpu::spawn(0, prepare).map_err(MachineError::Threads)?;
         let others = (1..spec.cpus).map(|id| IdleVcpu::spawn(id, || ()));
         let threads = std::iter::once(Ok(first)).chain(others);
         Ok(Self {
             threads: threads
                 .collect::<io::Result<_>>()
                 .map_err(MachineError::Threads)?,
-            kernel: receiver,
+            model,
+            kernel: loaded,
         })
     }
 }
