@@ -76,8 +76,7 @@ pub struct Vm {
 }
 
 impl Vm {
-    /// Creates the VM with a split interrupt chip of that many I/O APIC pins. It does not have the memory
-    /// yet ([`Vm::set_memory`]).
+    /// Creates the VM: split interrupt chip with that many I/O APIC pins, then the memory.
     ///
     /// # Errors
     /// The call that failed.
@@ -90,18 +89,15 @@ impl Vm {
         split.args[0] = pins.into();
         fd.enable_cap(&split)
             .map_err(KvmError::call("split the interrupt chip"))?;
-        Ok(Self {
+        let vm = Self {
             fd: Arc::new(fd),
             memory,
-        })
+        };
+        vm.set_memory()?;
+        Ok(vm)
     }
 
-    /// Gives the VM its memory, before its first vCPU runs. KVM waits for a grace period meanwhile, and
-    /// everything else that makes a machine goes on beside it.
-    ///
-    /// # Errors
-    /// KVM refused.
-    pub fn set_memory(&self) -> Result<(), KvmError> {
+    fn set_memory(&self) -> Result<(), KvmError> {
         for (slot, region) in (0..).zip(self.memory.iter()) {
             let userspace_addr = region.as_ptr() as u64;
             let region = kvm_userspace_memory_region {

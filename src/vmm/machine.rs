@@ -12,7 +12,7 @@
 use std::io;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::sync::mpsc::{Receiver, sync_channel};
 
 use kvm_ioctls::{Kvm, VcpuFd};
 
@@ -26,7 +26,7 @@ use crate::vmm::ioapic::IoApic;
 use crate::vmm::irq::{self, KvmRoutes};
 use crate::vmm::kvm::{self, KvmError, Vm};
 use crate::vmm::layout;
-use crate::vmm::memory;
+use crate::vmm::memory::{self, GuestMemory};
 use crate::vmm::ports::Ports;
 use crate::vmm::seccomp;
 use crate::vmm::serial::{self, Serial};
@@ -89,15 +89,15 @@ pub struct Machine {
     slots: Slots,
     nets: Vec<(String, NetControl)>,
     worker: Option<Worker>,
-    vm: Arc<Vm>,
+    vm: Vm,
 }
 
 impl Machine {
     /// Builds a machine: all files opened, all memory filled, all devices in their slots. With
     /// `count_exits`, the timeline's later stages carry the exits of all vCPUs.
     ///
-    /// The vCPUs' threads are started first: they make themselves ready, and that of the first does what takes
-    /// long or sleeps, while this thread makes everything else ([`Crew`]).
+    /// The vCPUs' threads are started first: they make themselves ready, and that of the first asks for the
+    /// CPUID and loads the kernel, while this thread makes the VM, with calls that sleep.
     ///
     /// # Errors
     /// [`MachineError`]; nothing is left behind.
@@ -111,12 +111,9 @@ impl Machine {
         let memory = memory::allocate(spec.memory_bytes(), spec.huge_pages)
             .map_err(|error| MachineError::Memory(spec.memory_mib, error))?;
         let kvm = Arc::new(kvm::open()?);
-        let crew = Crew::start(spec, &kvm, kernel)?;
+        let crew = Crew::start(spec, &kvm, &memory, kernel)?;
         let vm = Vm::create(&kvm, memory, layout::ioapic_pins(spec.slots()))?;
-        let vm = Arc::new(vm);
         timeline.record(Stage::VmCreated);
-        // A thread that has panicked is found out below.
-        let _ = crew.vm.send(vm.clone());
         let vcpus = create_vcpus(&vm, spec.cpus)?;
         let model = first_of(&crew.model)??;
         for (id, vcpu) in (0..).zip(&vcpus) {
@@ -140,7 +137,7 @@ impl Machine {
 
     fn assemble(
         spec: &ValidSpec,
-        vm: Arc<Vm>,
+        vm: Vm,
         vcpus: Vec<VcpuFd>,
         timeline: &Arc<Timeline>,
     ) -> Result<Self, MachineError> {
@@ -199,13 +196,11 @@ impl Machine {
     }
 }
 
-/// The vCPUs' threads. The first of them finds out the CPUID, gives the VM its memory and loads the kernel.
+/// The vCPUs' threads, and what the first of them is about to find out.
 struct Crew {
-    // Dropped first: a thread that waits for a VM that cannot be made ends then, and only then is joined.
-    vm: SyncSender<Arc<Vm>>,
     threads: Vec<IdleVcpu>,
     model: Receiver<Result<CpuModel, KvmError>>,
-    kernel: Receiver<Result<LoadedKernel, MachineError>>,
+    kernel: Receiver<Result<LoadedKernel, BootError>>,
 }
 
 /// What comes first out of a channel that the first vCPU's thread holds.
@@ -214,21 +209,20 @@ fn first_of<T>(results: &Receiver<T>) -> Result<T, MachineError> {
 }
 
 impl Crew {
-    fn start(spec: &Arc<ValidSpec>, kvm: &Arc<Kvm>, kernel: Opened) -> Result<Self, MachineError> {
+    fn start(
+        spec: &Arc<ValidSpec>,
+        kvm: &Arc<Kvm>,
+        memory: &GuestMemory,
+        kernel: Opened,
+    ) -> Result<Self, MachineError> {
         seccomp::install_handler().map_err(MachineError::Threads)?;
         let (model_sender, model) = sync_channel(1);
-        let (vm, vm_receiver) = sync_channel::<Arc<Vm>>(1);
         let (kernel_sender, loaded) = sync_channel(1);
-        let (kvm, its_spec) = (kvm.clone(), spec.clone());
+        let (kvm, memory, its_spec) = (kvm.clone(), memory.clone(), spec.clone());
         let prepare = move || {
             // Nobody is there to hear it if the machine cannot be built.
             let _ = model_sender.send(CpuModel::of_this_host(&kvm, its_spec.cpus));
-            if let Ok(vm) = vm_receiver.recv() {
-                let set = vm.set_memory().map_err(MachineError::from);
-                let loaded =
-                    set.and_then(|()| Ok(boot::load_kernel(vm.memory(), &its_spec, kernel)?));
-                let _ = kernel_sender.send(loaded);
-            }
+            let _ = kernel_sender.send(boot::load_kernel(&memory, &its_spec, kernel));
         };
         let first = IdleVcpu::spawn(0, prepare).map_err(MachineError::Threads)?;
         let others = (1..spec.cpus).map(|id| IdleVcpu::spawn(id, || ()));
@@ -238,7 +232,6 @@ impl Crew {
                 .collect::<io::Result<_>>()
                 .map_err(MachineError::Threads)?,
             model,
-            vm,
             kernel: loaded,
         })
     }
@@ -273,7 +266,7 @@ pub struct Running {
     slots: Slots,
     nets: Vec<(String, NetControl)>,
     worker: Option<Worker>,
-    _vm: Arc<Vm>,
+    _vm: Vm,
 }
 
 impl Running {
