@@ -177,7 +177,8 @@ fn cube_spec(machine: &Machine) -> serde_json::Value {
         "command_line": machine.command_line,
         "cpus": machine.cpus,
         "memory_mib": machine.memory_mib,
-        "console": "/dev/stdout",
+        // Not every `/dev` has a `stdout`.
+        "console": "/proc/self/fd/1",
     });
     if let Some(init) = &machine.init {
         spec["initramfs"] = json!({"init": {"path": init.binary}});

@@ -180,6 +180,8 @@ impl Parts<'_> {
         }
         words.extend(["--output".into(), native.clone().into()]);
         command.args(&words).current_dir(binaries::root());
+        // Cargo's, for what it runs: the loader of every VMM would search a dozen directories more.
+        command.env_remove("LD_LIBRARY_PATH");
         if let Some(commit) = commit() {
             command.env("CUBE_COMMIT", commit);
         }

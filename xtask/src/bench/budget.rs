@@ -93,20 +93,25 @@ const PROMISES: &[Promise] = &[
         "boot_to_init.ratio_to_firecracker_ci_guest",
         Ratio(false, "boot_to_init_ms", ["cube-vmm", OTHER]),
     ),
-    anywhere("overhead.pss_mib", Guests(POD, "overhead_pss_mib")),
+    here("overhead.pss_mib", Guests(POD, "overhead_pss_mib")),
     here(
         "overhead.ratio_to_firecracker",
         Ratio(false, "overhead_pss_mib", [POD, "firecracker"]),
     ),
     anywhere("overhead.threads", Guests(POD, "threads")),
     here("overhead.binary_mib", Native("cube-vmm", "binary_mib")),
-    anywhere("guest.touched_mib", Guests(POD, "guest_touched_mib")),
+    here("guest.touched_mib", Guests(POD, "guest_touched_mib")),
     anywhere("guest.exits_until_hello", Guests("cube run", "hello_exits")),
     anywhere(
         "guest.exits_console_off_to_on",
         Within("cube run", ["hello_exits", "hello_console_exits"]),
     ),
     anywhere("pod.idle_mib", Guests(POD, "cgroup_mib")),
+    anywhere("reached.overhead_pss_mib", Guests(POD, "overhead_pss_mib")),
+    anywhere(
+        "reached.guest_touched_mib",
+        Guests(POD, "guest_touched_mib"),
+    ),
 ];
 
 impl Measured {
