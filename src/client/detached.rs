@@ -78,7 +78,7 @@ impl Detached {
         let mut inherited = Inherited::default();
         let mut spec = machine_spec(request, path.join(VSOCK_SOCKET), &mut inherited)?;
         spec.spare_slots = crate::vmm::layout::MAX_SLOTS
-            .saturating_sub(spec.disks.len() + 2)
+            .saturating_sub(spec.slots())
             .try_into()
             .unwrap_or(0);
         let mut others = vec![lock.as_raw_fd(), listener.as_raw_fd()];
