@@ -72,7 +72,8 @@ fn a_client_that_says_half_a_request_loses_patience() {
         );
         place.turn();
         assert!(place.server.connections.is_empty());
-        assert_eq!(said(client), "");
+        // The end, or a reset if something had not been read.
+        assert!(matches!(client.read(&mut [0]), Ok(0) | Err(_)));
     }
 }
 
