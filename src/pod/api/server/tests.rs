@@ -111,6 +111,7 @@ fn no_more_connections_are_taken_than_are_served() {
     let (id, _) = place.request();
     place.server.respond(id, 204, None);
     clients[0].shutdown(Shutdown::Write).unwrap();
+    place.turn();
     assert!(said(clients.remove(0)).starts_with("HTTP/1.1 204 "));
 }
 
