@@ -14,6 +14,9 @@ use super::vmm_process::{Inherited, Messages, start_detached};
 use crate::pod::event_log::{EventKind, PodEventRecord};
 use crate::pod::supervisor::{API_SOCKET, FirstContainer, PodFile, VSOCK_SOCKET};
 
+/// Devices of every pod: vsock and the source of random numbers.
+const FIXED_DEVICES: usize = 2;
+
 /// A pod that was started and may not be ready.
 #[derive(Debug)]
 pub struct Detached {
@@ -87,7 +90,7 @@ impl Detached {
         let mut inherited = Inherited::default();
         let mut spec = machine_spec(request, path.join(VSOCK_SOCKET), &mut inherited)?;
         spec.spare_slots = crate::vmm::layout::MAX_SLOTS
-            .saturating_sub(spec.disks.len() + 2)
+            .saturating_sub(spec.disks.len() + spec.nets.len() + FIXED_DEVICES)
             .try_into()
             .unwrap_or(0);
         let mut others = vec![lock.as_raw_fd(), listener.as_raw_fd()];
