@@ -459,3 +459,31 @@ fn a_seccomp_profile_is_compiled_for_the_guest() {
     assert!(matches!(started, Some(cube_guest::Seccomp::Programs(p)) if p.len() == 1));
     pod.stop();
 }
+
+#[test]
+fn forwarded_ports_are_connections_of_their_own() {
+    let pod = TestPod::start();
+    let ask = |number: usize| {
+        let mut port = pod.api.upgrade("/v1/ports/80").unwrap();
+        port.write_all(format!("{number}\n").as_bytes()).unwrap();
+        let mut answer = String::new();
+        port.read_to_string(&mut answer).unwrap();
+        assert_eq!(answer, format!("got {number}\n"));
+    };
+    (0..100).for_each(ask);
+    thread::scope(|scope| {
+        for number in 0..40 {
+            scope.spawn(move || ask(number));
+        }
+    });
+    let refused = pod.api.upgrade("/v1/ports/81").unwrap_err();
+    assert_eq!(refused.to_string(), "nobody listens");
+    assert!(
+        pod.api
+            .upgrade("/v1/ports/0")
+            .unwrap_err()
+            .to_string()
+            .contains("1 to 65535")
+    );
+    pod.stop();
+}
