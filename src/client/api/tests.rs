@@ -487,3 +487,31 @@ fn forwarded_ports_are_connections_of_their_own() {
     );
     pod.stop();
 }
+
+#[test]
+fn many_cycles_leave_no_descriptor_open() {
+    let pod = TestPod::start();
+    pod.slots
+        .given
+        .store(usize::from(fake_agent::NO_DRIVER) + 1, Ordering::SeqCst);
+    let cycle = || {
+        pod.create("c", &["say", "words"]).unwrap();
+        pod.post("/v1/containers/c/start", json!({})).unwrap();
+        let _: Exit = pod.api.get("/v1/containers/c/wait").unwrap();
+        let path = "/v1/containers/c";
+        pod.api.call::<()>("DELETE", path, &json!({})).unwrap();
+    };
+    // All of it is in this process: the supervisor, the agent, the client.
+    let count = || {
+        // When this is answered, the connections before it are closed.
+        let held = pod.api.follow("/v1/events?follow=1").unwrap();
+        let count = std::fs::read_dir("/proc/self/fd").unwrap().count();
+        drop(held);
+        count
+    };
+    cycle();
+    let before = count();
+    (0..300).for_each(|_| cycle());
+    assert_eq!(count(), before);
+    pod.stop();
+}
