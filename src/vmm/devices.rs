@@ -9,8 +9,10 @@ use crate::vmm::spec::{DiskSpec, NetSpec, ValidSpec};
 use crate::vmm::virtio::VirtioDevice;
 use crate::vmm::virtio::blk::{Blk, Disk, DiskError, PartFile};
 use crate::vmm::virtio::net::tap::{Tap, TapError};
+use crate::vmm::virtio::net::vhost::VhostNet;
 use crate::vmm::virtio::net::{Identity, Net, NetControl};
 use crate::vmm::virtio::rng::Rng;
+use crate::vmm::virtio::vhost_user::VhostUserError;
 use crate::vmm::virtio::vsock::{Vsock, VsockError};
 
 /// A device cannot be made or attached.
@@ -32,6 +34,14 @@ pub enum DeviceError {
         name: String,
         /// Why.
         source: TapError,
+    },
+    /// A network's switch cannot be used.
+    #[error("network {name}: {source}")]
+    VhostUser {
+        /// The network.
+        name: String,
+        /// Why.
+        source: VhostUserError,
     },
     /// Every slot has a device.
     #[error("no virtio slot is free for {name}; raise `spare_slots`")]
@@ -68,9 +78,9 @@ pub fn open(spec: &ValidSpec) -> Result<Devices, DeviceError> {
     }
     let mut nets = Vec::new();
     for net in &spec.nets {
-        let device = open_net(net)?;
-        nets.push((net.name.clone(), device.control()));
-        devices.push(Box::new(device));
+        let (device, control) = open_net(net, spec.cpus)?;
+        nets.extend(control.map(|control| (net.name.clone(), control)));
+        devices.push(device);
     }
     if let Some(vsock) = &spec.vsock {
         devices.push(Box::new(Vsock::new(vsock.cid, &vsock.path)?));
@@ -81,7 +91,36 @@ pub fn open(spec: &ValidSpec) -> Result<Devices, DeviceError> {
     Ok(Devices { devices, nets })
 }
 
-fn open_net(spec: &NetSpec) -> Result<Net<Tap>, DeviceError> {
+/// Makes the device of a network, with a queue pair for each of `cpus`, as far as there are so many; and what
+/// controls it, if its frames pass through this process.
+///
+/// # Errors
+/// The tap or the backend that cannot be used.
+pub fn open_net(
+    spec: &NetSpec,
+    cpus: u8,
+) -> Result<(Box<dyn VirtioDevice>, Option<NetControl>), DeviceError> {
+    let identity = Identity {
+        name: spec.name.clone(),
+        mac: spec.mac,
+        mtu: spec.mtu,
+        check_source: spec.check_source,
+    };
+    let Some(socket) = &spec.socket else {
+        let device = open_tap(spec, identity)?;
+        let control = device.control();
+        return Ok((Box::new(device), Some(control)));
+    };
+    match VhostNet::connect(identity, socket, cpus.into()) {
+        Ok(device) => Ok((Box::new(device), None)),
+        Err(source) => Err(DeviceError::VhostUser {
+            name: spec.name.clone(),
+            source,
+        }),
+    }
+}
+
+fn open_tap(spec: &NetSpec, identity: Identity) -> Result<Net<Tap>, DeviceError> {
     let fault = |source| DeviceError::Tap {
         name: spec.name.clone(),
         source,
@@ -92,12 +131,6 @@ fn open_net(spec: &NetSpec) -> Result<Net<Tap>, DeviceError> {
         .map_err(TapError::from)
         .and_then(Tap::new)
         .map_err(fault)?;
-    let identity = Identity {
-        name: spec.name.clone(),
-        mac: spec.mac,
-        mtu: spec.mtu,
-        check_source: spec.check_source,
-    };
     let limits = (spec.receive_limit, spec.transmit_limit);
     Net::new(identity, tap, limits).map_err(|error| fault(error.into()))
 }

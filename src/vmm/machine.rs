@@ -102,7 +102,11 @@ impl Machine {
     ) -> Result<Self, MachineError> {
         let files = BootFiles::open(spec)?;
         let Devices { devices, nets } = devices::open(spec)?;
-        let memory = memory::allocate(spec.memory_bytes(), spec.huge_pages)
+        let allocate = match spec.shares_memory() {
+            true => memory::allocate_shared,
+            false => memory::allocate,
+        };
+        let memory = allocate(spec.memory_bytes(), spec.huge_pages)
             .map_err(|error| MachineError::Memory(spec.memory_mib, error))?;
         std::thread::scope(|scope| {
             let load = || {

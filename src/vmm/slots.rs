@@ -81,7 +81,8 @@ impl Slots {
                     return match self.listen(slot, transport) {
                         Ok(()) => Ok(Attached { slot, counters }),
                         Err(source) => {
-                            drop(transport.detach());
+                            // What KVM watches already, it watches no more.
+                            drop(self.detach(slot));
                             Err(DeviceError::Notify { name, source })
                         }
                     };
@@ -96,18 +97,34 @@ impl Slots {
     pub fn detach(&self, slot: usize) -> Option<Box<dyn VirtioDevice>> {
         let transport = self.slots.get(slot)?;
         let device = transport.detach()?;
-        let address = IoEventAddress::Mmio(layout::slot_address(slot) + QUEUE_NOTIFY);
-        // If KVM has forgotten it, nothing is left to forget.
-        let _ = self
-            .vm
-            .unregister_ioevent(transport.kick(), &address, NoDatamatch);
+        // If KVM has forgotten one, nothing is left to forget.
+        let address = notify_address(slot);
+        if device.kicks().is_empty() {
+            let _ = self
+                .vm
+                .unregister_ioevent(transport.kick(), &address, NoDatamatch);
+        }
+        for (queue, kick) in (0_u32..).zip(device.kicks()) {
+            let _ = self.vm.unregister_ioevent(kick, &address, queue);
+        }
         Some(device)
     }
 
     fn listen(&self, slot: usize, transport: &MmioTransport) -> io::Result<()> {
-        let address = IoEventAddress::Mmio(layout::slot_address(slot) + QUEUE_NOTIFY);
-        Ok(self
-            .vm
-            .register_ioevent(transport.kick(), &address, NoDatamatch)?)
+        let address = notify_address(slot);
+        let kicks = transport.queue_kicks()?;
+        if kicks.is_empty() {
+            return Ok(self
+                .vm
+                .register_ioevent(transport.kick(), &address, NoDatamatch)?);
+        }
+        for (queue, kick) in (0_u32..).zip(&kicks) {
+            self.vm.register_ioevent(kick, &address, queue)?;
+        }
+        Ok(())
     }
+}
+
+fn notify_address(slot: usize) -> IoEventAddress {
+    IoEventAddress::Mmio(layout::slot_address(slot) + QUEUE_NOTIFY)
 }

@@ -77,6 +77,11 @@ impl ValidSpec {
         u64::from(self.memory_mib) << 20
     }
 
+    /// Whether another process works on guest memory.
+    pub fn shares_memory(&self) -> bool {
+        self.nets.iter().any(|net| net.socket.is_some())
+    }
+
     /// Number of virtio-mmio slots, the spare ones included.
     pub fn slots(&self) -> usize {
         slots(self)

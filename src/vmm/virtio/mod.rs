@@ -35,6 +35,7 @@ pub mod iovec;
 pub mod mmio;
 pub mod net;
 pub mod rng;
+pub mod vhost_user;
 pub mod vsock;
 
 use std::os::fd::RawFd;
@@ -66,6 +67,12 @@ pub trait VirtioDevice: Send {
     /// fewer gets NEEDS_RESET, and the device is not activated.
     fn required_queues(&self) -> usize {
         self.queue_sizes().len()
+    }
+
+    /// Kicks of its own, one a queue, which are signalled instead of [`Activation::kick`]: for a device whose
+    /// queues are served by another process. Non-blocking. Each costs the machine's start a grace period.
+    fn kicks(&self) -> &[EventFd] {
+        &[]
     }
 
     /// Reads the device's config space; bytes beyond its end read as zero.
@@ -126,6 +133,8 @@ struct InterruptState {
     needs_reset: AtomicBool,
     /// The ConfigGeneration register.
     generation: AtomicU32,
+    /// Somebody else raises the line, and cannot say so in the InterruptStatus register.
+    lent: AtomicBool,
 }
 
 /// InterruptStatus bit 0: used buffers (virtio 1.2, section 4.2.2).
@@ -159,9 +168,21 @@ impl Interrupt {
         self.raise(INTERRUPT_CONFIG_CHANGE);
     }
 
+    /// The eventfd that raises the line, for another process that uses buffers (call). Until the next reset
+    /// every interrupt may be its, so the driver is told each time that buffers may be waiting: looking for
+    /// nothing costs it a load.
+    pub fn lend(&self) -> &EventFd {
+        self.shared.lent.store(true, Ordering::Release);
+        &self.irqfd
+    }
+
     /// The InterruptStatus register.
     pub fn status(&self) -> u32 {
-        self.shared.status.load(Ordering::Acquire)
+        let lent = match self.shared.lent.load(Ordering::Acquire) {
+            true => INTERRUPT_USED_BUFFER,
+            false => 0,
+        };
+        self.shared.status.load(Ordering::Acquire) | lent
     }
 
     /// Clears the bits that the driver wrote to InterruptACK.
@@ -183,6 +204,7 @@ impl Interrupt {
     pub fn clear(&self) {
         self.shared.status.store(0, Ordering::Release);
         self.shared.needs_reset.store(false, Ordering::Release);
+        self.shared.lent.store(false, Ordering::Release);
     }
 
     fn raise(&self, bit: u32) {
