@@ -3,6 +3,7 @@
 #![forbid(unsafe_code)]
 
 use std::io;
+use std::os::fd::OwnedFd;
 
 use crate::vmm::files::{self, FileError, Opened};
 use crate::vmm::spec::{DiskSpec, NetSpec, ValidSpec};
@@ -35,6 +36,15 @@ pub enum DeviceError {
         /// Why.
         source: TapError,
     },
+    /// A running machine's memory cannot become shared.
+    #[error(
+        "network {name}: the guest's memory is private; only a machine that began with a vhost-user network \
+         can have another"
+    )]
+    PrivateMemory {
+        /// The network.
+        name: String,
+    },
     /// A network's switch cannot be used.
     #[error("network {name}: {source}")]
     VhostUser {
@@ -63,8 +73,8 @@ pub enum DeviceError {
 pub struct Devices {
     /// In the order of their slots.
     pub devices: Vec<Box<dyn VirtioDevice>>,
-    /// The networks' controls, by name.
-    pub nets: Vec<(String, NetControl)>,
+    /// Which of them are networks: name, index, and what controls it.
+    pub nets: Vec<(String, usize, Option<NetControl>)>,
 }
 
 /// Makes the spec's devices.
@@ -78,8 +88,11 @@ pub fn open(spec: &ValidSpec) -> Result<Devices, DeviceError> {
     }
     let mut nets = Vec::new();
     for net in &spec.nets {
-        let (device, control) = open_net(net, spec.cpus)?;
-        nets.extend(control.map(|control| (net.name.clone(), control)));
+        let queues = net.tap_fds.iter().map(|fd| files::inherited(*fd));
+        let queues = queues.collect::<io::Result<Vec<_>>>();
+        let queues = queues.map_err(|error| tap_error(net, error.into()))?;
+        let (device, control) = make_net(net, queues, spec.cpus)?;
+        nets.push((net.name.clone(), devices.len(), control));
         devices.push(device);
     }
     if let Some(vsock) = &spec.vsock {
@@ -91,13 +104,14 @@ pub fn open(spec: &ValidSpec) -> Result<Devices, DeviceError> {
     Ok(Devices { devices, nets })
 }
 
-/// Makes the device of a network, with a queue pair for each of `cpus`, as far as there are so many; and what
-/// controls it, if its frames pass through this process.
+/// Makes the device of a network: on these `queues` of a tap, or on its switch, there with a queue pair for each
+/// of `cpus`, as far as there are so many. Returns also what controls it, if its frames pass through this process.
 ///
 /// # Errors
-/// The tap or the backend that cannot be used.
-pub fn open_net(
+/// The tap or the switch that cannot be used.
+pub fn make_net(
     spec: &NetSpec,
+    queues: Vec<OwnedFd>,
     cpus: u8,
 ) -> Result<(Box<dyn VirtioDevice>, Option<NetControl>), DeviceError> {
     let identity = Identity {
@@ -107,7 +121,10 @@ pub fn open_net(
         check_source: spec.check_source,
     };
     let Some(socket) = &spec.socket else {
-        let device = open_tap(spec, identity)?;
+        let tap = Tap::new(queues).map_err(|error| tap_error(spec, error))?;
+        let limits = (spec.receive_limit, spec.transmit_limit);
+        let device = Net::new(identity, tap, limits);
+        let device = device.map_err(|error| tap_error(spec, error.into()))?;
         let control = device.control();
         return Ok((Box::new(device), Some(control)));
     };
@@ -120,19 +137,11 @@ pub fn open_net(
     }
 }
 
-fn open_tap(spec: &NetSpec, identity: Identity) -> Result<Net<Tap>, DeviceError> {
-    let fault = |source| DeviceError::Tap {
+fn tap_error(spec: &NetSpec, source: TapError) -> DeviceError {
+    DeviceError::Tap {
         name: spec.name.clone(),
         source,
-    };
-    let queues = spec.tap_fds.iter().map(|fd| files::inherited(*fd));
-    let queues = queues.collect::<io::Result<Vec<_>>>();
-    let tap = queues
-        .map_err(TapError::from)
-        .and_then(Tap::new)
-        .map_err(fault)?;
-    let limits = (spec.receive_limit, spec.transmit_limit);
-    Net::new(identity, tap, limits).map_err(|error| fault(error.into()))
+    }
 }
 
 /// Opens the files of one disk.

@@ -10,7 +10,7 @@
 #![forbid(unsafe_code)]
 
 use std::io;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
 use kvm_ioctls::VcpuFd;
@@ -30,13 +30,15 @@ use crate::vmm::ports::Ports;
 use crate::vmm::seccomp;
 use crate::vmm::serial::{self, Serial};
 use crate::vmm::slots::Slots;
-use crate::vmm::spec::{DiskSpec, ValidSpec};
+use crate::vmm::spec::{DiskSpec, NetSpec, ValidSpec};
 use crate::vmm::stats::Stats;
 use crate::vmm::thread::{self, Role};
 use crate::vmm::timeline::{Stage, Timeline};
 use crate::vmm::vcpu::{self, Platform, VcpuThread};
+use crate::vmm::virtio::VirtioDevice;
 use crate::vmm::virtio::blk::Blk;
 use crate::vmm::virtio::net::NetControl;
+use crate::vmm::virtio::vhost_user;
 use crate::vmm::worker::{Worker, WorkerError};
 
 /// Why a machine could not be built or started. All are the host's faults or the spec's, not the guest's.
@@ -76,13 +78,24 @@ pub enum MachineError {
     Threads(#[source] io::Error),
 }
 
+/// A network device in its slot.
+#[derive(Clone)]
+pub struct NetPort {
+    /// The network's name.
+    pub name: String,
+    /// Number of the slot.
+    pub slot: usize,
+    /// The way to change and watch it; none: its frames do not pass through this process.
+    pub control: Option<NetControl>,
+}
+
 /// A machine that is ready to start.
 pub struct Machine {
     // In the order in which they must go: what uses KVM, then the VM with its memory.
     vcpus: Vec<VcpuFd>,
     platform: Platform,
     slots: Slots,
-    nets: Vec<(String, NetControl)>,
+    nets: Vec<NetPort>,
     worker: Option<Worker>,
     vm: Vm,
 }
@@ -125,10 +138,7 @@ impl Machine {
             let model = CpuModel::of_this_host(&kvm, spec.cpus)?;
             let vcpus = create_vcpus(&vm, &model)?;
             let mut machine = Self::assemble(spec, vm, vcpus, timeline)?;
-            for device in devices {
-                machine.slots.attach(device)?;
-            }
-            machine.nets = nets;
+            machine.attach(devices, nets)?;
             if count_exits {
                 machine.platform.stats.watch(&machine.vcpus);
             }
@@ -175,6 +185,24 @@ impl Machine {
         })
     }
 
+    fn attach(
+        &mut self,
+        devices: Vec<Box<dyn VirtioDevice>>,
+        nets: Vec<(String, usize, Option<NetControl>)>,
+    ) -> Result<(), DeviceError> {
+        let mut slots = Vec::with_capacity(devices.len());
+        for device in devices {
+            slots.push(self.slots.attach(device)?.slot);
+        }
+        let port = |(name, index, control): (String, usize, _)| NetPort {
+            name,
+            slot: slots[index],
+            control,
+        };
+        self.nets = nets.into_iter().map(port).collect();
+        Ok(())
+    }
+
     fn enter(&self, entry: EntryPoint) -> Result<(), KvmError> {
         match self.vcpus.first() {
             Some(first) => cpu::enter(first, entry),
@@ -195,7 +223,7 @@ impl Machine {
             slots: self.slots,
             nets: self.nets,
             worker: self.worker,
-            _vm: self.vm,
+            vm: self.vm,
         };
         for (id, fd) in (0..).zip(self.vcpus) {
             let thread = VcpuThread::start(id, fd, running.platform.clone());
@@ -238,9 +266,9 @@ pub struct Running {
     vcpus: Vec<VcpuThread>,
     platform: Arc<Platform>,
     slots: Slots,
-    nets: Vec<(String, NetControl)>,
+    nets: Vec<NetPort>,
     worker: Option<Worker>,
-    _vm: Vm,
+    vm: Vm,
 }
 
 impl Running {
@@ -283,11 +311,30 @@ impl Running {
         &self.slots
     }
 
-    /// The way to change and watch the network called `name` in the spec.
-    pub fn net(&self, name: &str) -> Option<&NetControl> {
-        let mut nets = self.nets.iter();
-        nets.find(|(net, _)| net == name)
-            .map(|(_, control)| control)
+    /// The networks that the machine began with.
+    pub fn nets(&self) -> &[NetPort] {
+        &self.nets
+    }
+
+    /// Puts a network into an empty slot while the machine runs: on these `queues` of a tap, or on the switch
+    /// that `net` names. `net` was found good ([`NetSpec::check`]).
+    ///
+    /// # Errors
+    /// The tap or the switch cannot be used, or no slot is empty.
+    pub fn attach_net(&self, net: &NetSpec, queues: Vec<OwnedFd>) -> Result<NetPort, DeviceError> {
+        let name = net.name.clone();
+        if net.socket.is_some() && !vhost_user::is_shared(self.vm.memory()) {
+            return Err(DeviceError::PrivateMemory { name });
+        }
+        // At most 32, as in the spec.
+        let cpus = u8::try_from(self.vcpus.len()).unwrap_or(u8::MAX);
+        let (device, control) = devices::make_net(net, queues, cpus)?;
+        let slot = self.slots.attach(device)?.slot;
+        Ok(NetPort {
+            name,
+            slot,
+            control,
+        })
     }
 
     /// Stops all threads, if they have not ended, and says why the machine ended: `cause` if nothing

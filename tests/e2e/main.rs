@@ -7,6 +7,8 @@
 mod archive;
 mod fixture;
 mod guest;
+#[path = "../vhost_user/port.rs"]
+mod port;
 
 mod background;
 mod ends;
@@ -18,5 +20,6 @@ mod networks;
 mod pods;
 mod runtime;
 mod streams;
+mod switches;
 mod terminals;
 mod volumes;

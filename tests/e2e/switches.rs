@@ -28,7 +28,8 @@ fn net(socket: &Path) -> String {
 }
 
 /// Says the pod's link-local address.
-const ADDRESS: &str = "ip -6 -o addr show dev eth0 scope link | sed 's|.*inet6 \\([^/]*\\)/.*|\\1|'";
+const ADDRESS: &str =
+    "ip -6 -o addr show dev eth0 scope link | sed 's|.*inet6 \\([^/]*\\)/.*|\\1|'";
 
 /// Some of the pings may be too early for an address that is new.
 fn ping(address: &str) -> String {
@@ -47,9 +48,23 @@ fn pods_on_a_switch_reach_each_other() {
     let mut pod = machine.start(&options, &format!("{ADDRESS}; cat"));
     let address = pod.line();
     let script = ping(address.trim());
-    let arguments = ["run", "--net", &net(&sockets[1]), "busybox", "--", "sh", "-c", &script];
+    let arguments = [
+        "run",
+        "--net",
+        &net(&sockets[1]),
+        "busybox",
+        "--",
+        "sh",
+        "-c",
+        &script,
+    ];
     let output = machine.command(&arguments).output().unwrap();
-    assert_eq!(text(&output.stdout), "reached\n", "{}", text(&output.stderr));
+    assert_eq!(
+        text(&output.stdout),
+        "reached\n",
+        "{}",
+        text(&output.stderr)
+    );
     pod.finish();
 }
 
@@ -84,6 +99,9 @@ fn a_switch_that_is_not_there_is_said_so() {
     let socket = directory.path().join("port");
     let output = machine().shell(&["--net", &net(&socket)], "true");
     let said = text(&output.stderr);
-    let expected = format!("network eth0: the vhost-user backend at {} cannot be reached", socket.display());
+    let expected = format!(
+        "network eth0: the vhost-user backend at {} cannot be reached",
+        socket.display()
+    );
     assert!(said.contains(&expected), "{said}");
 }

@@ -88,52 +88,68 @@ pub(super) fn check_nets(nets: &[NetSpec]) -> Result<(), SpecError> {
     let mut seen = (HashSet::new(), HashSet::new());
     for (i, net) in nets.iter().enumerate() {
         let field = |name: &str| format!("nets[{i}].{name}");
+        check_net(net, net.tap_fds.len(), &field)?;
         let name = &net.name;
-        let plain = name.bytes().all(|b| b.is_ascii_graphic() && b != b'/');
-        if name.is_empty() || name.len() > MAX_NAME || !plain {
-            let text = format!(
-                "is {name:?}; it must be 1 to {MAX_NAME} printable ASCII bytes without `/`"
-            );
-            return fault(field("name"), text);
-        }
         if !seen.0.insert(name) {
-            return fault(
-                field("name"),
-                format!("is {name:?}, which another has already"),
-            );
-        }
-        if !net.mac.is_station() {
-            let text = format!("is {}; an interface's address names one station", net.mac);
-            return fault(field("mac"), text);
+            let text = format!("is {name:?}, which another has already");
+            return fault(field("name"), text);
         }
         if !seen.1.insert(net.mac) {
             let text = format!("is {}, which another interface has already", net.mac);
             return fault(field("mac"), text);
         }
-        match &net.socket {
-            Some(socket) => check_socket(&field, net, socket)?,
-            None if (1..=MAX_PAIRS).contains(&net.tap_fds.len()) => {}
-            None => {
-                let count = net.tap_fds.len();
-                let text = format!(
-                    "has {count} descriptors; an interface has 1 to {MAX_PAIRS} queues, or a `socket`"
-                );
-                return fault(field("tap_fds"), text);
-            }
-        }
-        if !(MIN_MTU..=MAX_MTU).contains(&net.mtu) {
-            let text = format!("is {}; it must be {MIN_MTU} to {MAX_MTU}", net.mtu);
-            return fault(field("mtu"), text);
-        }
-        check_limit(&field("receive_limit"), net.receive_limit)?;
-        check_limit(&field("transmit_limit"), net.transmit_limit)?;
     }
     Ok(())
+}
+
+impl NetSpec {
+    /// Checks a device for a machine that runs, with `queues` of a tap, which are handed over by themselves.
+    ///
+    /// # Errors
+    /// The field that cannot be used.
+    pub fn check(&self, queues: usize) -> Result<(), SpecError> {
+        check_net(self, queues, &|name| name.to_owned())
+    }
+}
+
+fn check_net(
+    net: &NetSpec,
+    queues: usize,
+    field: &impl Fn(&str) -> String,
+) -> Result<(), SpecError> {
+    let name = &net.name;
+    let plain = name.bytes().all(|b| b.is_ascii_graphic() && b != b'/');
+    if name.is_empty() || name.len() > MAX_NAME || !plain {
+        let text =
+            format!("is {name:?}; it must be 1 to {MAX_NAME} printable ASCII bytes without `/`");
+        return fault(field("name"), text);
+    }
+    if !net.mac.is_station() {
+        let text = format!("is {}; an interface's address names one station", net.mac);
+        return fault(field("mac"), text);
+    }
+    match &net.socket {
+        Some(socket) => check_socket(field, net, queues, socket)?,
+        None if (1..=MAX_PAIRS).contains(&queues) => {}
+        None => {
+            let text = format!(
+                "has {queues} descriptors; an interface has 1 to {MAX_PAIRS} queues, or a `socket`"
+            );
+            return fault(field("tap_fds"), text);
+        }
+    }
+    if !(MIN_MTU..=MAX_MTU).contains(&net.mtu) {
+        let text = format!("is {}; it must be {MIN_MTU} to {MAX_MTU}", net.mtu);
+        return fault(field("mtu"), text);
+    }
+    check_limit(&field("receive_limit"), net.receive_limit)?;
+    check_limit(&field("transmit_limit"), net.transmit_limit)
 }
 
 fn check_socket(
     field: &impl Fn(&str) -> String,
     net: &NetSpec,
+    queues: usize,
     socket: &Path,
 ) -> Result<(), SpecError> {
     let len = socket.as_os_str().len();
@@ -142,7 +158,7 @@ fn check_socket(
         return fault(field("socket"), text);
     }
     let others = [
-        ("tap_fds", !net.tap_fds.is_empty()),
+        ("tap_fds", queues > 0),
         ("check_source", net.check_source),
         ("receive_limit", !net.receive_limit.is_none()),
         ("transmit_limit", !net.transmit_limit.is_none()),

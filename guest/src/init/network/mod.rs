@@ -1,5 +1,5 @@
 //! The pod's network: interfaces as the host asks for them, and the files by which containers resolve names.
-//! Done once, at boot, before any container starts.
+//! Done at boot, before any container starts; further interfaces may come while they run.
 #![forbid(unsafe_code)]
 
 pub(crate) mod files;
@@ -63,6 +63,15 @@ pub(crate) fn configure(spec: &NetworkSpec, hostname: &str) -> Result<(), Error>
         set_up(&netlink, interface)?;
     }
     files::write(spec, hostname)
+}
+
+/// Sets up one interface more.
+///
+/// # Errors
+/// What the kernel does not take, by name.
+pub(crate) fn add(spec: &InterfaceSpec) -> Result<(), Error> {
+    let netlink = Netlink::open().context(|| "open a routing socket".into())?;
+    set_up(&netlink, spec)
 }
 
 fn set_up(netlink: &Netlink, spec: &InterfaceSpec) -> Result<(), Error> {
