@@ -30,7 +30,7 @@ const fn figure(key: &'static str, title: &'static str, unit: &'static str) -> F
 }
 
 /// The figures shown, in order: a table each.
-pub const SHOWN: [&[Figure]; 2] = [
+pub const SHOWN: [&[Figure]; 3] = [
     &[
         figure("vmm_start_ms", "VMM start", "ms"),
         figure("boot_to_init_ms", "Boot to init", "ms"),
@@ -45,6 +45,15 @@ pub const SHOWN: [&[Figure]; 2] = [
         figure("cgroup_mib", "cgroup memory.current", "MiB"),
         figure("threads", "Threads", ""),
         figure("binary_mib", "Binary", "MiB"),
+    ],
+    &[
+        figure("net_to_ms_per_gib", "Network, to guest, per GiB", "ms"),
+        figure("net_to_cpu_ms_per_gib", "CPU to guest, per GiB", "ms"),
+        figure("net_to_exits_per_mib", "Exits to guest, per MiB", ""),
+        figure("net_from_ms_per_gib", "Network, from guest, per GiB", "ms"),
+        figure("net_from_cpu_ms_per_gib", "CPU from guest, per GiB", "ms"),
+        figure("net_from_exits_per_mib", "Exits from guest, per MiB", ""),
+        figure("net_ping_ms", "Ping", "ms"),
     ],
 ];
 
