@@ -1,6 +1,7 @@
 //! `cube run --net` and `-p`: which network a pod gets, and making it.
 #![forbid(unsafe_code)]
 
+use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::net::IpAddr;
 use std::os::fd::OwnedFd;
@@ -184,6 +185,10 @@ impl PodNetwork {
             interfaces: vec![self.interface.clone()],
             dns: self.dns.clone(),
             hosts: Vec::new(),
+            sysctls: match &self.attachment {
+                Some(attachment) => attachment.sysctls().clone(),
+                None => BTreeMap::new(),
+            },
         }
     }
 

@@ -62,7 +62,22 @@ pub(crate) fn configure(spec: &NetworkSpec, hostname: &str) -> Result<(), Error>
     for interface in &spec.interfaces {
         set_up(&netlink, interface)?;
     }
+    for (path, value) in &spec.sysctls {
+        set(path, value)?;
+    }
     files::write(spec, hostname)
+}
+
+/// Writes a setting of the kernel's network.
+fn set(path: &str, value: &str) -> Result<(), Error> {
+    let inside =
+        path.starts_with("net/") && path.split('/').all(|part| !["", "..", "."].contains(&part));
+    if !inside {
+        let sentence = format!("the sysctl `{path}` is not one of the network's");
+        return Err(Error::Refused(sentence));
+    }
+    fs::write(format!("/proc/sys/{path}"), value)
+        .context(|| format!("set the sysctl `{path}` to `{value}`"))
 }
 
 /// Sets up one interface more.
