@@ -122,9 +122,12 @@ impl Channel {
         Ok(())
     }
 
-    /// Takes a client, whose first bytes came with its request.
+    /// Takes a client, whose first bytes came with its request. One that comes after the end sees just that.
     pub(crate) fn attach(&mut self, socket: UnixStream, first: Vec<u8>) {
         self.had_client = true;
+        if matches!(self.guest, Guest::Ended) {
+            return;
+        }
         self.clients.push(Client {
             socket,
             out: Vec::new(),
@@ -334,6 +337,16 @@ mod tests {
         for _ in 0..8 {
             channel.turn(None).unwrap();
         }
+    }
+
+    #[test]
+    fn a_client_that_comes_after_the_end_sees_the_end() {
+        let (mut channel, guest) = connected(Kind::Stderr, true);
+        drop(guest);
+        channel.end();
+        let mut late = client(&mut channel);
+        assert_eq!(late.read(&mut [0; 8]).unwrap(), 0);
+        assert!(channel.is_complete() && channel.is_over());
     }
 
     #[test]

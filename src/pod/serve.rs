@@ -424,9 +424,6 @@ impl Supervisor {
         if channel.has_client() && (is_exec || kind == Kind::Stdin) {
             return Err(conflict(MAX_CLIENTS_INPUT));
         }
-        if channel.is_over() {
-            return Err(conflict("the stream has ended"));
-        }
         // Borrowed apart: the server is another field.
         let containers = &mut self.containers;
         if let Some((socket, first)) = self.server.upgrade(connection) {

@@ -10,10 +10,10 @@ use cube::pod::api::body::{
     PodStatus,
 };
 use cube_guest::ProcessSpec;
-use rustix::process::{Pid, Signal};
+use rustix::process::Pid;
 use serde_json::json;
 
-use crate::fixture::{BUSYBOX, Machine, machine, text};
+use crate::fixture::{BUSYBOX, Machine, kill, machine, text};
 
 /// A pod that runs in the background, its end the test's to bring about.
 struct Background {
@@ -234,8 +234,7 @@ fn what_the_pod_does_not_do_is_a_sentence_and_not_its_end() {
 fn a_killed_pod_process_leaves_nothing_after_the_next_command() {
     let pod = background(&["sleep 1000000"]);
     let status: PodStatus = pod.api.get("/v1/pod").unwrap();
-    let pid = Pid::from_raw(status.pid.cast_signed()).unwrap();
-    rustix::process::kill_process(pid, Signal::KILL).unwrap();
+    kill(Pid::from_raw(status.pid.cast_signed()).unwrap());
     pod.machine.wait_for_processes();
     assert_eq!(pod.say(&["ps", "-q"]), "");
     pod.machine.assert_nothing_left();

@@ -315,6 +315,14 @@ pub(crate) fn wait_for_end(pidfd: &OwnedFd) {
     poll(&mut [PollFd::new(pidfd, PollFlags::IN)], None).unwrap();
 }
 
+/// Kills a process and waits for its end, when it holds no file and no lock any more. One that is still ending is no
+/// longer among [`Machine::processes`].
+pub(crate) fn kill(pid: Pid) {
+    let pidfd = pidfd_open(pid, PidfdFlags::empty()).unwrap();
+    rustix::process::pidfd_send_signal(&pidfd, Signal::KILL).unwrap();
+    wait_for_end(&pidfd);
+}
+
 /// `cube run -it` on a terminal.
 pub(crate) struct Terminal<'a> {
     machine: &'a Machine,

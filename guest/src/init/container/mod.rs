@@ -29,6 +29,7 @@ use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
 
 use cube_guest::{ContainerSpec, ExitStatus, MountSource, PidNamespace, ProcessSpec, SecuritySpec};
+use rustix::io::Errno;
 use rustix::mount::UnmountFlags;
 use rustix::pipe::PipeFlags;
 use rustix::process::{Pid, Signal, WaitStatus};
@@ -277,16 +278,15 @@ pub(crate) fn user(id: &str) -> String {
     format!("the container `{id}`")
 }
 
-/// Keeps the mount namespace of `pid` beyond its end, by a mount.
+/// Keeps the mount namespace of `pid` beyond its end, by a mount. A process that has ended by now, and is not
+/// reaped yet, has none any more: how it ended is in its report and its status.
 fn hold_namespace(pid: Pid, place: &str) -> Result<(), Error> {
-    let hold = || {
-        File::create(place)?;
-        rustix::mount::mount_bind(format!("/proc/{}/ns/mnt", pid.as_raw_nonzero()), place)?;
-        Ok(())
-    };
-    hold()
-        .map_err(|error: std::io::Error| error)
-        .context(|| "hold a container's mount namespace".into())
+    let context = || "hold a container's mount namespace".into();
+    File::create(place).context(context)?;
+    match rustix::mount::mount_bind(format!("/proc/{}/ns/mnt", pid.as_raw_nonzero()), place) {
+        Err(Errno::NOENT) => Ok(()),
+        held => held.context(context),
+    }
 }
 
 /// Lets go of a mount namespace: with it go its mounts. It may have gone before.
