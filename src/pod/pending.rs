@@ -6,6 +6,7 @@ use std::collections::BTreeMap;
 use cube_guest::Answer;
 
 use super::api::server::ConnectionId;
+use super::interfaces::NetStep;
 
 /// What follows.
 #[derive(Debug)]
@@ -28,6 +29,8 @@ pub(crate) enum Then {
     ExecStarted(ConnectionId, String),
     /// A port was connected to, with this token.
     Forwarded(ConnectionId, u64),
+    /// The guest has done something about an interface, or not.
+    Interface(NetStep),
 }
 
 #[derive(Debug)]

@@ -138,11 +138,15 @@ impl Supervisor {
             Route::ExecKill => self.kill(connection, exec(), request),
             Route::ExecResize => self.resize(connection, exec(), request),
             Route::Port => self.forward(connection, request, name),
+            Route::Interfaces => Ok(Some((200, self.list_interfaces(disks)))),
+            Route::AttachInterface => self.attach_interface(connection, request.json()?, disks),
+            Route::DetachInterface => self.detach_interface(connection, name, disks),
+            Route::LimitInterface => self.limit_interface(name, request.json()?, disks),
         }
     }
 
     /// Asks the agent; `then` follows when all is answered.
-    fn ask(&mut self, requests: Vec<HostRequest>, then: Then) -> Served {
+    pub(super) fn ask(&mut self, requests: Vec<HostRequest>, then: Then) -> Served {
         let mut ids = Vec::new();
         for request in requests {
             match self.session.request(request) {
@@ -512,10 +516,11 @@ impl Supervisor {
                 }
             },
             Then::Forwarded(connection, token) => self.forwarded(connection, token, failure),
+            Then::Interface(step) => self.interface_step(step, failure, disks),
         }
     }
 
-    fn tell(&mut self, connection: ConnectionId, failure: Option<String>) {
+    pub(super) fn tell(&mut self, connection: ConnectionId, failure: Option<String>) {
         match failure {
             None => self.server.respond(connection, 204, None),
             Some(sentence) => self.server.refuse(connection, &conflict(sentence)),

@@ -30,15 +30,16 @@ use super::channel::Channel;
 use super::container::{Container, Exec, now};
 use super::event_log::{EventKind, EventLog};
 use super::feed::Feed;
+use super::interfaces::{Interfaces, NetSlots};
 use super::listen::Ports;
 use super::pending::Pending;
 use super::session::{Session, SessionEvent};
 use crate::vmm::command::Attendant;
 use crate::vmm::exit::{End, StopCause};
 use crate::vmm::files;
-use crate::vmm::machine::Running;
+use crate::vmm::machine::{NetPort, Running};
 use crate::vmm::signals::StopSignals;
-use crate::vmm::spec::DiskSpec;
+use crate::vmm::spec::{DiskSpec, NetSpec};
 
 /// Name of the API's socket in the pod directory.
 pub const API_SOCKET: &str = "api.sock";
@@ -75,8 +76,8 @@ pub struct FirstContainer {
     pub log_path: PathBuf,
 }
 
-/// Where disks are attached: the machine, or what stands in for it in tests.
-pub(crate) trait DiskSlots {
+/// Where devices are attached: the machine, or what stands in for it in tests.
+pub(crate) trait DiskSlots: NetSlots {
     /// Puts a disk into an empty slot.
     fn attach(&self, disk: &DiskSpec) -> Result<u16, String>;
     /// Takes a disk out of a slot.
@@ -104,6 +105,7 @@ pub(crate) struct Supervisor {
     pub(super) execs: BTreeMap<String, Exec>,
     /// Forwarded ports.
     pub(super) ports: Vec<Channel>,
+    pub(super) interfaces: Interfaces,
     pub(super) events: EventLog,
     pub(super) pending: Pending,
     pub(super) feeds: BTreeMap<ConnectionId, Feed>,
@@ -163,6 +165,7 @@ impl Supervisor {
             containers,
             execs: BTreeMap::new(),
             ports: Vec::new(),
+            interfaces: Interfaces::default(),
             events: EventLog::default(),
             pending: Pending::default(),
             feeds: BTreeMap::new(),
@@ -454,6 +457,20 @@ impl DiskSlots for NoSlots {
     }
 
     fn detach(&self, _: u16) {}
+}
+
+impl NetSlots for NoSlots {
+    fn first_nets(&self) -> Vec<NetPort> {
+        Vec::new()
+    }
+
+    fn cpus(&self) -> usize {
+        0
+    }
+
+    fn attach_net(&self, _: &NetSpec, _: Vec<OwnedFd>) -> Result<NetPort, String> {
+        Err("the machine has ended".to_owned())
+    }
 }
 
 impl Attendant for Supervisor {

@@ -5,6 +5,8 @@
 use std::io;
 use std::os::fd::OwnedFd;
 
+use cube_guest::network::MacAddress;
+
 use crate::vmm::files::{self, FileError, Opened};
 use crate::vmm::spec::{DiskSpec, NetSpec, ValidSpec};
 use crate::vmm::virtio::VirtioDevice;
@@ -73,8 +75,20 @@ pub enum DeviceError {
 pub struct Devices {
     /// In the order of their slots.
     pub devices: Vec<Box<dyn VirtioDevice>>,
-    /// Which of them are networks: name, index, and what controls it.
-    pub nets: Vec<(String, usize, Option<NetControl>)>,
+    /// Which of them are networks.
+    pub nets: Vec<NetDevice>,
+}
+
+/// A network among the devices.
+pub struct NetDevice {
+    /// Its name.
+    pub name: String,
+    /// The guest's address on it.
+    pub mac: MacAddress,
+    /// Its index among the devices.
+    pub index: usize,
+    /// What controls it, if its frames pass through this process.
+    pub control: Option<NetControl>,
 }
 
 /// Makes the spec's devices.
@@ -92,7 +106,12 @@ pub fn open(spec: &ValidSpec) -> Result<Devices, DeviceError> {
         let queues = queues.collect::<io::Result<Vec<_>>>();
         let queues = queues.map_err(|error| tap_error(net, error.into()))?;
         let (device, control) = make_net(net, queues, spec.cpus)?;
-        nets.push((net.name.clone(), devices.len(), control));
+        nets.push(NetDevice {
+            name: net.name.clone(),
+            mac: net.mac,
+            index: devices.len(),
+            control,
+        });
         devices.push(device);
     }
     if let Some(vsock) = &spec.vsock {

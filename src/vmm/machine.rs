@@ -13,12 +13,13 @@ use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
+use cube_guest::network::MacAddress;
 use kvm_ioctls::VcpuFd;
 
 use crate::vmm::boot::{self, BootError, BootFiles, EntryPoint};
 use crate::vmm::bus::{BusBuilder, Overlap};
 use crate::vmm::cpu::{self, CpuModel};
-use crate::vmm::devices::{self, DeviceError, Devices};
+use crate::vmm::devices::{self, DeviceError, Devices, NetDevice};
 use crate::vmm::exit::{End, Ending};
 use crate::vmm::files::FileError;
 use crate::vmm::ioapic::IoApic;
@@ -83,6 +84,8 @@ pub enum MachineError {
 pub struct NetPort {
     /// The network's name.
     pub name: String,
+    /// The guest's address on it.
+    pub mac: MacAddress,
     /// Number of the slot.
     pub slot: usize,
     /// The way to change and watch it; none: its frames do not pass through this process.
@@ -188,16 +191,17 @@ impl Machine {
     fn attach(
         &mut self,
         devices: Vec<Box<dyn VirtioDevice>>,
-        nets: Vec<(String, usize, Option<NetControl>)>,
+        nets: Vec<NetDevice>,
     ) -> Result<(), DeviceError> {
         let mut slots = Vec::with_capacity(devices.len());
         for device in devices {
             slots.push(self.slots.attach(device)?.slot);
         }
-        let port = |(name, index, control): (String, usize, _)| NetPort {
-            name,
-            slot: slots[index],
-            control,
+        let port = |net: NetDevice| NetPort {
+            name: net.name,
+            mac: net.mac,
+            slot: slots[net.index],
+            control: net.control,
         };
         self.nets = nets.into_iter().map(port).collect();
         Ok(())
@@ -311,6 +315,11 @@ impl Running {
         &self.slots
     }
 
+    /// Number of vCPUs.
+    pub fn cpus(&self) -> usize {
+        self.vcpus.len()
+    }
+
     /// The networks that the machine began with.
     pub fn nets(&self) -> &[NetPort] {
         &self.nets
@@ -327,11 +336,12 @@ impl Running {
             return Err(DeviceError::PrivateMemory { name });
         }
         // At most 32, as in the spec.
-        let cpus = u8::try_from(self.vcpus.len()).unwrap_or(u8::MAX);
+        let cpus = u8::try_from(self.cpus()).unwrap_or(u8::MAX);
         let (device, control) = devices::make_net(net, queues, cpus)?;
         let slot = self.slots.attach(device)?.slot;
         Ok(NetPort {
             name,
+            mac: net.mac,
             slot,
             control,
         })

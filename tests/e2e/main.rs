@@ -16,6 +16,7 @@ mod environment;
 mod execs;
 mod faults;
 mod images;
+mod interfaces;
 mod networks;
 mod pods;
 mod runtime;

@@ -1,5 +1,7 @@
 //! The client against the real supervisor, in a thread, with a fake agent in another.
 
+mod interfaces;
+
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::BufRead;

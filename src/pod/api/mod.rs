@@ -7,5 +7,6 @@
 
 pub mod body;
 pub mod http;
+pub mod interface_body;
 pub(crate) mod routes;
 pub(crate) mod server;

@@ -30,6 +30,10 @@ pub(crate) enum Route {
     ExecResize,
     ExecAttach,
     Port,
+    Interfaces,
+    AttachInterface,
+    DetachInterface,
+    LimitInterface,
 }
 
 /// Method, path, route. `{…}` stands for one segment.
@@ -70,6 +74,18 @@ pub(crate) const ROUTES: &[(&str, &str, Route)] = &[
     ("POST", "/v1/execs/{exec}/kill", Route::ExecKill),
     ("POST", "/v1/execs/{exec}/resize", Route::ExecResize),
     ("GET", "/v1/execs/{exec}/attach/{stream}", Route::ExecAttach),
+    ("GET", "/v1/interfaces", Route::Interfaces),
+    ("POST", "/v1/interfaces", Route::AttachInterface),
+    (
+        "DELETE",
+        "/v1/interfaces/{interface}",
+        Route::DetachInterface,
+    ),
+    (
+        "PUT",
+        "/v1/interfaces/{interface}/limits",
+        Route::LimitInterface,
+    ),
 ];
 
 /// Finds the route, and the segments that stand in its braces.

@@ -67,6 +67,20 @@ impl RateLimit {
     pub fn is_none(&self) -> bool {
         self.bytes.is_none() && self.frames.is_none()
     }
+
+    /// Checks a limit that messages call `field`.
+    ///
+    /// # Errors
+    /// The rate that cannot be used.
+    pub fn check(&self, field: &str) -> Result<(), SpecError> {
+        for (name, rate) in [("bytes", self.bytes), ("frames", self.frames)] {
+            if rate.is_some_and(|rate| rate.per_second == 0 || rate.burst == 0) {
+                let text = "has a 0; `per_second` and `burst` are at least 1 (to cut a pod off, take its link down)";
+                return fault(format!("{field}.{name}"), text);
+            }
+        }
+        Ok(())
+    }
 }
 
 /// A token bucket.
@@ -142,8 +156,8 @@ fn check_net(
         let text = format!("is {}; it must be {MIN_MTU} to {MAX_MTU}", net.mtu);
         return fault(field("mtu"), text);
     }
-    check_limit(&field("receive_limit"), net.receive_limit)?;
-    check_limit(&field("transmit_limit"), net.transmit_limit)
+    net.receive_limit.check(&field("receive_limit"))?;
+    net.transmit_limit.check(&field("transmit_limit"))
 }
 
 fn check_socket(
@@ -170,14 +184,4 @@ fn check_socket(
         }
         None => Ok(()),
     }
-}
-
-fn check_limit(field: &str, limit: RateLimit) -> Result<(), SpecError> {
-    for (name, rate) in [("bytes", limit.bytes), ("frames", limit.frames)] {
-        if rate.is_some_and(|rate| rate.per_second == 0 || rate.burst == 0) {
-            let text = "has a 0; `per_second` and `burst` are at least 1 (to cut a pod off, take its link down)";
-            return fault(format!("{field}.{name}"), text);
-        }
-    }
-    Ok(())
 }
