@@ -15,8 +15,8 @@ use crate::vmm::devices::DeviceError;
 use crate::vmm::irq;
 use crate::vmm::kvm::{KvmError, Vm};
 use crate::vmm::layout;
-use crate::vmm::virtio::mmio::{MmioTransport, QUEUE_NOTIFY};
-use crate::vmm::virtio::{Counters, VirtioDevice};
+use crate::vmm::virtio::mmio::{INTERRUPT_ACK, MmioTransport, QUEUE_NOTIFY};
+use crate::vmm::virtio::{Counters, INTERRUPT_USED_BUFFER, VirtioDevice};
 use crate::vmm::worker::Worker;
 
 /// All slots, filled and empty.
@@ -96,8 +96,13 @@ impl Slots {
     /// Takes the device out of a slot, stopped; the guest's driver was unbound before.
     pub fn detach(&self, slot: usize) -> Option<Box<dyn VirtioDevice>> {
         let transport = self.slots.get(slot)?;
+        let ack = transport.acknowledged();
         let device = transport.detach()?;
         // If KVM has forgotten one, nothing is left to forget.
+        if let Some(ack) = ack {
+            let (address, used) = (acknowledge_address(slot), INTERRUPT_USED_BUFFER);
+            let _ = self.vm.unregister_ioevent(ack, &address, used);
+        }
         let address = notify_address(slot);
         if device.kicks().is_empty() {
             let _ = self
@@ -111,6 +116,11 @@ impl Slots {
     }
 
     fn listen(&self, slot: usize, transport: &MmioTransport) -> io::Result<()> {
+        if let Some(acknowledged) = transport.acknowledged() {
+            let address = acknowledge_address(slot);
+            self.vm
+                .register_ioevent(acknowledged, &address, INTERRUPT_USED_BUFFER)?;
+        }
         let address = notify_address(slot);
         let kicks = transport.queue_kicks()?;
         if kicks.is_empty() {
@@ -123,6 +133,10 @@ impl Slots {
         }
         Ok(())
     }
+}
+
+fn acknowledge_address(slot: usize) -> IoEventAddress {
+    IoEventAddress::Mmio(layout::slot_address(slot) + INTERRUPT_ACK)
 }
 
 fn notify_address(slot: usize) -> IoEventAddress {

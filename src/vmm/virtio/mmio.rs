@@ -47,7 +47,7 @@ mod register;
 use queue::QueueConfig;
 use register::{Register, status};
 
-pub use register::QUEUE_NOTIFY;
+pub use register::{INTERRUPT_ACK, QUEUE_NOTIFY};
 
 /// Bytes of a slot's window.
 pub const WINDOW: u64 = 0x1000;
@@ -67,6 +67,8 @@ pub struct MmioTransport {
     memory: GuestMemory,
     worker: WorkerHandle,
     kick: EventFd,
+    /// Signalled for acknowledgements that KVM takes; nobody reads it.
+    acknowledged: EventFd,
     interrupt: Interrupt,
     /// The device has kicks of its own.
     own_kicks: AtomicBool,
@@ -98,6 +100,7 @@ impl MmioTransport {
             memory,
             worker,
             kick: EventFd::new(EFD_NONBLOCK)?,
+            acknowledged: EventFd::new(EFD_NONBLOCK)?,
             interrupt: Interrupt::new(Arc::new(irqfd)),
             own_kicks: AtomicBool::new(false),
             slot: Mutex::default(),
@@ -108,6 +111,14 @@ impl MmioTransport {
     /// datamatch). Without it the write itself, as a register access, does the same.
     pub fn kick(&self) -> &EventFd {
         &self.kick
+    }
+
+    /// The eventfd for KVM to signal when the guest acknowledges used buffers, and nothing else
+    /// ([`INTERRUPT_ACK`], the value [`super::INTERRUPT_USED_BUFFER`]): it means nothing for this device. None: it does.
+    pub fn acknowledged(&self) -> Option<&EventFd> {
+        let slot = self.lock();
+        let often = slot.device.as_ref().is_some_and(|d| d.interrupts_often());
+        often.then_some(&self.acknowledged)
     }
 
     /// The eventfds to be signalled for single queues, by the value written to [`QUEUE_NOTIFY`]; none: all
@@ -136,6 +147,8 @@ impl MmioTransport {
         let counters = Arc::<Counters>::default();
         let own_kicks = !device.kicks().is_empty();
         self.own_kicks.store(own_kicks, Ordering::Release);
+        let track = !device.interrupts_often();
+        self.interrupt.track_used_buffers(track);
         *slot = Slot {
             queues: QueueConfig::for_sizes(device.queue_sizes()),
             device: Some(device),

@@ -75,6 +75,12 @@ pub trait VirtioDevice: Send {
         &[]
     }
 
+    /// Whether the driver is interrupted so often that its acknowledgements are KVM's to take: nobody then keeps
+    /// account of used buffers in InterruptStatus. Costs the machine's start a grace period.
+    fn interrupts_often(&self) -> bool {
+        false
+    }
+
     /// Reads the device's config space; bytes beyond its end read as zero.
     fn read_config(&self, offset: u64, data: &mut [u8]);
 
@@ -133,8 +139,8 @@ struct InterruptState {
     needs_reset: AtomicBool,
     /// The ConfigGeneration register.
     generation: AtomicU32,
-    /// Somebody else raises the line, and cannot say so in the InterruptStatus register.
-    lent: AtomicBool,
+    /// Nobody keeps account of used buffers: the InterruptStatus register always says that there may be some.
+    untracked: AtomicBool,
 }
 
 /// InterruptStatus bit 0: used buffers (virtio 1.2, section 4.2.2).
@@ -168,21 +174,25 @@ impl Interrupt {
         self.raise(INTERRUPT_CONFIG_CHANGE);
     }
 
-    /// The eventfd that raises the line, for another process that uses buffers (call). Until the next reset
-    /// every interrupt may be its, so the driver is told each time that buffers may be waiting: looking for
-    /// nothing costs it a load.
+    /// The eventfd that raises the line, for another process that uses buffers (call); only where used buffers
+    /// are not tracked, since that process cannot say so in the InterruptStatus register.
     pub fn lend(&self) -> &EventFd {
-        self.shared.lent.store(true, Ordering::Release);
         &self.irqfd
+    }
+
+    /// From now on InterruptStatus tells the driver with every interrupt that buffers may be waiting: looking for
+    /// nothing costs it a load, and an acknowledgement of used buffers then means nothing, whoever takes it.
+    pub fn track_used_buffers(&self, track: bool) {
+        self.shared.untracked.store(!track, Ordering::Release);
     }
 
     /// The InterruptStatus register.
     pub fn status(&self) -> u32 {
-        let lent = match self.shared.lent.load(Ordering::Acquire) {
+        let untracked = match self.shared.untracked.load(Ordering::Acquire) {
             true => INTERRUPT_USED_BUFFER,
             false => 0,
         };
-        self.shared.status.load(Ordering::Acquire) | lent
+        self.shared.status.load(Ordering::Acquire) | untracked
     }
 
     /// Clears the bits that the driver wrote to InterruptACK.
@@ -204,7 +214,6 @@ impl Interrupt {
     pub fn clear(&self) {
         self.shared.status.store(0, Ordering::Release);
         self.shared.needs_reset.store(false, Ordering::Release);
-        self.shared.lent.store(false, Ordering::Release);
     }
 
     fn raise(&self, bit: u32) {

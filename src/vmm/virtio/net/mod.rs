@@ -298,6 +298,10 @@ impl<L: Link> VirtioDevice for Net<L> {
         2
     }
 
+    fn interrupts_often(&self) -> bool {
+        true
+    }
+
     fn read_config(&self, offset: u64, data: &mut [u8]) {
         let link_up = self.shared.settings().link_up;
         let pairs = self.queue_sizes.len() / 2;

@@ -175,6 +175,10 @@ impl VirtioDevice for VhostNet {
         2
     }
 
+    fn interrupts_often(&self) -> bool {
+        true
+    }
+
     fn kicks(&self) -> &[EventFd] {
         &self.kicks
     }
