@@ -29,7 +29,7 @@ fn guests_mapped() -> usize {
     (pages >> 8) / MEMORY_MIB
 }
 
-fn spec(kernel: &std::path::Path, vsock: &std::path::Path) -> ValidSpec {
+fn spec(kernel: &std::path::Path, vsock: &std::path::Path) -> Arc<ValidSpec> {
     let json = serde_json::json!({
         "kernel": {"path": kernel},
         "cpus": 3,
@@ -39,10 +39,10 @@ fn spec(kernel: &std::path::Path, vsock: &std::path::Path) -> ValidSpec {
         "spare_slots": 2,
     });
     let spec = MachineSpec::from_json(json.to_string().as_bytes()).unwrap();
-    spec.validate(HostLimits::of_this_host()).unwrap()
+    Arc::new(spec.validate(HostLimits::of_this_host()).unwrap())
 }
 
-fn run(spec: &ValidSpec) -> End {
+fn run(spec: &Arc<ValidSpec>) -> End {
     let timeline = Arc::new(Timeline::new(None));
     let machine = Machine::build(spec, &timeline, true).unwrap();
     let running = machine.start().unwrap();

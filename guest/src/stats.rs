@@ -11,12 +11,24 @@ pub struct PodStats {
     pub memory_total: u64,
     /// What of it could be given to a new program (`MemAvailable`).
     pub memory_available: u64,
+    /// `cube-init` itself.
+    pub agent: AgentStats,
     /// All containers together, and `cube-init`: the root cgroup.
     pub usage: Usage,
     /// Network interfaces, the loopback left out.
     pub interfaces: Vec<InterfaceStats>,
     /// Containers that have not been removed.
     pub containers: Vec<ContainerStats>,
+}
+
+/// The process `cube-init`.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct AgentStats {
+    /// Resident memory, in bytes.
+    pub rss: u64,
+    /// Open file descriptors.
+    pub descriptors: u64,
 }
 
 /// One container.

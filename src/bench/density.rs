@@ -122,7 +122,8 @@ fn idles(contender: &Contender) -> bool {
     match contender {
         Contender::Vmm { peer, linux, .. } => linux.is_some() && peer.kind != Kind::Floor,
         Contender::Pod(_) => true,
-        Contender::Missing => false,
+        // Its pods are those of `cube run`, and end with no process of ours.
+        Contender::Background(_) | Contender::Missing => false,
     }
 }
 

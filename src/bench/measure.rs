@@ -5,15 +5,18 @@
 use std::io::{self, Read};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::mpsc;
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, kill_process_group, waitid};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::process::{
+    Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, kill_process_group, pidfd_open, waitid,
+};
 
 use super::cgroup::Group;
-use super::payload::MARKER;
+use super::payload::{ABSENT, MARKER};
 
 /// What a VMM that does not get there is given before it is one row that says so.
 pub const DEADLINE: Duration = Duration::from_secs(60);
@@ -38,6 +41,17 @@ pub enum RunError {
     /// The process could not be looked at.
     #[error("could not read its memory map: {0}")]
     Look(#[source] io::Error),
+    /// It ended by itself, as it was to, but badly.
+    #[error("failed ({status}){}", last_words(.output))]
+    Failed {
+        /// Its exit status.
+        status: String,
+        /// What it printed on standard error.
+        output: String,
+    },
+    /// It runs, but did not do what it was to do.
+    #[error("did not end its work within {:.1} s", .0.as_secs_f64())]
+    Lingered(Duration),
     /// It runs, and did not do what it was started for.
     #[error("{0}")]
     Odd(String),
@@ -54,12 +68,20 @@ fn last_words(output: &str) -> String {
         })
 }
 
+/// What a guest said, and when.
+#[derive(Debug, Clone, Copy)]
+struct Said {
+    at: Instant,
+    /// Not the marker: it lacks what it was to use.
+    absent: bool,
+}
+
 /// A process that was started. It and whatever it forked end when this is dropped.
 #[derive(Debug)]
 pub struct Launched {
     child: Child,
     began: Instant,
-    marker: mpsc::Receiver<Instant>,
+    marker: mpsc::Receiver<Said>,
     words: Option<JoinHandle<String>>,
     /// Reaped: its process id is somebody else's by now.
     ended: bool,
@@ -71,7 +93,7 @@ pub struct Running {
     launched: Launched,
     /// From just before the process was made to the marker.
     pub elapsed: Duration,
-    /// When the marker came.
+    /// When the last marker came.
     pub at: Instant,
 }
 
@@ -81,11 +103,44 @@ impl Running {
         self.launched.child.id()
     }
 
+    /// Waits for the next marker, at most `deadline`; gives the time since the one before, or none if the guest says
+    /// that it lacks what it was to use.
+    ///
+    /// # Errors
+    /// No marker comes.
+    pub fn next(&mut self, deadline: Duration) -> Result<Option<Duration>, RunError> {
+        let said = self.launched.marker.recv_timeout(deadline);
+        let Said { at, absent } = said.map_err(|_| RunError::Lingered(deadline))?;
+        let took = at - self.at;
+        self.at = at;
+        Ok((!absent).then_some(took))
+    }
+
     /// Ends it; gives what it said on standard error.
     pub fn stop(mut self) -> String {
         self.launched.end();
         self.launched.words()
     }
+
+    /// Waits for its own, good end, at most `deadline`; gives what it said on standard error.
+    ///
+    /// # Errors
+    /// It does not end, or ends badly.
+    pub fn finish(self, deadline: Duration) -> Result<String, RunError> {
+        self.launched.finish(deadline)
+    }
+}
+
+fn said(status: io::Result<ExitStatus>) -> String {
+    status.map_or_else(|error| error.to_string(), |status| status.to_string())
+}
+
+/// Whether that process, which is not reaped yet, ends before the deadline.
+pub(super) fn ends_within(process: Pid, deadline: Duration) -> io::Result<bool> {
+    let end = pidfd_open(process, PidfdFlags::empty())?;
+    let timeout = Timespec::try_from(deadline).map_err(io::Error::other)?;
+    let mut fds = [PollFd::new(&end, PollFlags::IN)];
+    Ok(poll(&mut fds, Some(&timeout))? > 0)
 }
 
 impl Launched {
@@ -96,18 +151,38 @@ impl Launched {
     pub fn wait(mut self, deadline: Duration) -> Result<Running, RunError> {
         let left = deadline.saturating_sub(self.began.elapsed());
         match self.marker.recv_timeout(left) {
-            Ok(at) => Ok(Running {
+            Ok(Said { at, .. }) => Ok(Running {
                 elapsed: at - self.began,
                 at,
                 launched: self,
             }),
             Err(mpsc::RecvTimeoutError::Timeout) => Err(RunError::Hung(deadline)),
             Err(mpsc::RecvTimeoutError::Disconnected) => {
-                let status = self.end_after_itself();
+                let status = said(self.end_after_itself());
                 let output = self.words();
                 Err(RunError::Ended { status, output })
             }
         }
+    }
+
+    /// Waits for its own, good end, at most `deadline`; gives what it said on standard error.
+    ///
+    /// # Errors
+    /// It does not end, or ends badly.
+    pub fn finish(mut self, deadline: Duration) -> Result<String, RunError> {
+        let ends = ends_within(Pid::from_child(&self.child), deadline);
+        match ends.map_err(|error| RunError::Odd(format!("cannot wait for its end: {error}"))) {
+            Ok(true) => {}
+            Ok(false) => return Err(RunError::Lingered(deadline)),
+            Err(error) => return Err(error),
+        }
+        let status = self.end_after_itself();
+        let output = self.words();
+        if status.as_ref().is_ok_and(ExitStatus::success) {
+            return Ok(output);
+        }
+        let status = said(status);
+        Err(RunError::Failed { status, output })
     }
 
     fn end(&mut self) {
@@ -120,7 +195,7 @@ impl Launched {
 
     /// Waits for its own end, then ends what it left behind, which may hold its pipes. Its process id is its group's,
     /// and stays so until it is reaped.
-    fn end_after_itself(&mut self) -> String {
+    fn end_after_itself(&mut self) -> io::Result<ExitStatus> {
         let pid = Pid::from_child(&self.child);
         let _ = waitid(
             WaitId::Pid(pid),
@@ -128,9 +203,7 @@ impl Launched {
         );
         self.kill();
         self.ended = true;
-        self.child
-            .wait()
-            .map_or_else(|e| e.to_string(), |status| status.to_string())
+        self.child.wait()
     }
 
     /// It leads a process group of its own.
@@ -211,13 +284,16 @@ pub fn stop_all(mut running: Vec<Running>) {
 }
 
 /// Reads to the end; tells `marker` when the marker's byte went by. Returns the first 64 KiB as text.
-fn drain(mut from: impl Read, marker: Option<&mpsc::Sender<Instant>>) -> String {
+fn drain(mut from: impl Read, marker: Option<&mpsc::Sender<Said>>) -> String {
     let mut kept = Vec::new();
-    let mut buffer = [0; 4096];
+    let mut buffer = vec![0; 65_536];
     while let Ok(count @ 1..) = from.read(&mut buffer) {
         let bytes = &buffer[..count];
-        if let (Some(sender), true) = (marker, bytes.contains(&MARKER)) {
-            let _ = sender.send(Instant::now());
+        let at = Instant::now();
+        for byte in bytes.iter().filter(|byte| [MARKER, ABSENT].contains(byte)) {
+            let absent = *byte == ABSENT;
+            // Nobody waits any more.
+            let _ = marker.map(|sender| sender.send(Said { at, absent }));
         }
         if kept.len() < 65_536 {
             kept.extend_from_slice(bytes);
@@ -265,6 +341,35 @@ mod tests {
         let script = "echo stages >&2; printf '\\007'; exec sleep 1000";
         let running = start(shell(script), Path::new("/"), DEADLINE, None).expect("it runs");
         assert_eq!(running.stop(), "stages\n");
+    }
+
+    #[test]
+    fn markers_are_timed_one_after_the_other() {
+        let script = "printf '\\007'; sleep 0.2; printf '\\007\\025'; exec sleep 1000";
+        let mut running = start(shell(script), Path::new("/"), DEADLINE, None).expect("it runs");
+        let took = running.next(DEADLINE).expect("it says so");
+        assert!(took.is_some_and(|took| took >= Duration::from_millis(200)));
+        assert_eq!(running.next(DEADLINE).expect("it says so"), None);
+        let silent = running.next(Duration::from_millis(50));
+        silent.expect_err("it says no more");
+    }
+
+    #[test]
+    fn one_that_is_to_end_by_itself_is_waited_for_and_not_for_ever() {
+        let here = Path::new("/");
+        let run = |script: &str| start(shell(script), here, DEADLINE, None).expect("it runs");
+        let said = run("printf '\\007'; echo stages >&2").finish(DEADLINE);
+        assert_eq!(said.expect("a good end"), "stages\n");
+        let failed = run("printf '\\007'; echo no >&2; exit 4").finish(DEADLINE);
+        let text = failed.expect_err("a bad end").to_string();
+        assert!(
+            text.contains("exit status: 4") && text.contains("no"),
+            "{text}"
+        );
+        let deadline = Duration::from_millis(50);
+        let lingers = run("printf '\\007'; exec sleep 1000").finish(deadline);
+        let text = lingers.expect_err("it goes on").to_string();
+        assert_eq!(text, "did not end its work within 0.1 s");
     }
 
     #[test]

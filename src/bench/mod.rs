@@ -5,6 +5,7 @@
 //! and memory and exits are read from `/proc` and debugfs.
 #![forbid(unsafe_code)]
 
+mod background;
 pub mod cgroup;
 pub mod chart;
 pub mod density;

@@ -8,6 +8,9 @@
 /// writes it to the first serial port.
 pub const MARKER: u8 = 0x07;
 
+/// NAK: the guest lacks what it was to use.
+pub const ABSENT: u8 = 0x15;
+
 /// Where the kernel is loaded and entered.
 const ADDRESS: u64 = 0x10_0000;
 /// Where the code is in the file: loaders want pages.

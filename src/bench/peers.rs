@@ -27,7 +27,7 @@ pub struct Peer {
 }
 
 /// The VMMs known here.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
     /// What no VMM can beat: this project's `cube-bench-floor`, which boots no kernel.
     Floor,
@@ -54,6 +54,8 @@ pub struct Machine {
     pub init: Option<Init>,
     /// Kernel command line, the same for all (a VMM may add its devices).
     pub command_line: String,
+    /// A raw image that is the first, read-only disk.
+    pub disk: Option<PathBuf>,
     /// vCPUs.
     pub cpus: u8,
     /// Memory in MiB.
@@ -175,10 +177,15 @@ fn cube_spec(machine: &Machine) -> serde_json::Value {
         "command_line": machine.command_line,
         "cpus": machine.cpus,
         "memory_mib": machine.memory_mib,
-        "console": "/dev/stdout",
+        // Not every `/dev` has a `stdout`.
+        "console": "/proc/self/fd/1",
     });
     if let Some(init) = &machine.init {
         spec["initramfs"] = json!({"init": {"path": init.binary}});
+    }
+    if let Some(disk) = &machine.disk {
+        let parts = json!([{"file": {"path": disk}}]);
+        spec["disks"] = json!([{"serial": "bench", "parts": parts, "read_only": true}]);
     }
     spec
 }
@@ -188,9 +195,18 @@ fn firecracker_config(machine: &Machine) -> serde_json::Value {
     if let Some(init) = &machine.init {
         boot["initrd_path"] = json!(init.initramfs);
     }
+    let drive = |disk: &PathBuf| {
+        json!({
+            "drive_id": "bench",
+            "path_on_host": disk,
+            "is_root_device": false,
+            "is_read_only": true,
+        })
+    };
+    let drives: Vec<_> = machine.disk.iter().map(drive).collect();
     json!({
         "boot-source": boot,
-        "drives": [],
+        "drives": drives,
         "machine-config": {"vcpu_count": machine.cpus, "mem_size_mib": machine.memory_mib},
     })
 }
@@ -210,13 +226,21 @@ fn cloud_hypervisor(command: &mut Command, machine: &Machine) {
     if let Some(init) = &machine.init {
         command.arg("--initramfs").arg(&init.initramfs);
     }
+    if let Some(disk) = &machine.disk {
+        let disk = format!("path={},readonly=on,image_type=raw", disk.display());
+        command.args(["--disk", &disk]);
+    }
 }
 
 fn qemu(command: &mut Command, machine: &Machine) {
-    let board = "microvm,accel=kvm,pic=off,pit=off,rtc=off,isa-serial=on,auto-kernel-cmdline=off";
+    // Its own words on the command line name its virtio-mmio devices.
+    let words = if machine.disk.is_some() { "on" } else { "off" };
+    let board = format!(
+        "microvm,accel=kvm,pic=off,pit=off,rtc=off,isa-serial=on,auto-kernel-cmdline={words}"
+    );
     command.args([
         "-M",
-        board,
+        &board,
         "-cpu",
         "host",
         "-nodefaults",
@@ -236,6 +260,14 @@ fn qemu(command: &mut Command, machine: &Machine) {
         .args(["-append", &machine.command_line]);
     if let Some(init) = &machine.init {
         command.arg("-initrd").arg(&init.initramfs);
+    }
+    if let Some(disk) = &machine.disk {
+        let drive = format!(
+            "id=bench,file={},format=raw,if=none,readonly=on",
+            disk.display()
+        );
+        let device = "virtio-blk-device,drive=bench";
+        command.args(["-drive", &drive, "-device", device]);
     }
 }
 
@@ -257,6 +289,10 @@ fn crosvm(command: &mut Command, machine: &Machine) {
     command.args(["--params", &machine.command_line]);
     if let Some(init) = &machine.init {
         command.arg("--initrd").arg(&init.initramfs);
+    }
+    if let Some(disk) = &machine.disk {
+        let disk = format!("path={},ro=true", disk.display());
+        command.args(["--block", &disk]);
     }
     command.arg(&machine.kernel);
 }

@@ -12,6 +12,7 @@ use std::time::Duration;
 use rustix::time::{ClockId, clock_gettime};
 use serde::Serialize;
 
+use super::background;
 use super::cgroup::Group;
 use super::exits;
 use super::footprint;
@@ -47,9 +48,13 @@ pub enum Contender {
         tiny: Option<Machine>,
         /// A kernel with an init that writes the marker: boot to init, and the footprint after it.
         linux: Option<Machine>,
+        /// The same with a disk, which the init reads.
+        disk: Option<Machine>,
     },
     /// `cube run`: a pod with a container.
     Pod(PodCommand),
+    /// `cube pod run`: the same, without the command that started it.
+    Background(PodCommand),
     /// Nothing that could be run.
     Missing,
 }
@@ -147,16 +152,22 @@ impl Row {
     fn take_turn(&mut self, counted: bool, deadline: Duration, directory: &Path) -> io::Result<()> {
         let mut taken = Figures::new();
         let outcome = match &self.contender {
-            Contender::Vmm { peer, tiny, linux } => {
+            Contender::Vmm {
+                peer,
+                tiny,
+                linux,
+                disk,
+            } => {
                 let turn = Turn {
                     peer,
                     deadline,
                     directory,
                     taken: &mut taken,
                 };
-                turn.measure(tiny.as_ref(), linux.as_ref())?
+                turn.measure(tiny.as_ref(), linux.as_ref(), disk.as_ref())?
             }
             Contender::Pod(pod) => pod.measure(deadline, directory, &mut taken),
+            Contender::Background(pod) => background::measure(pod, deadline, directory, &mut taken),
             Contender::Missing => Ok(()),
         };
         if let Err(error) = outcome {
@@ -210,6 +221,7 @@ impl Turn<'_> {
         mut self,
         tiny: Option<&Machine>,
         linux: Option<&Machine>,
+        disk: Option<&Machine>,
     ) -> io::Result<Result<(), RunError>> {
         if let Some(tiny) = tiny {
             let command = self.peer.command(tiny, self.directory)?;
@@ -218,10 +230,25 @@ impl Turn<'_> {
                 Err(error) => return Ok(Err(error)),
             }
         }
-        match linux.filter(|_| self.peer.kind != Kind::Floor) {
-            Some(linux) => self.boot(linux),
-            None => Ok(Ok(())),
+        if self.peer.kind == Kind::Floor {
+            return Ok(Ok(()));
         }
+        if let Some(Err(error)) = linux.map(|linux| self.boot(linux)).transpose()? {
+            return Ok(Err(error));
+        }
+        disk.map_or(Ok(Ok(())), |disk| self.read_disk(disk))
+    }
+
+    /// How long the guest takes to read its disk. A kernel that does not find it is no fault of the VMM's.
+    fn read_disk(&mut self, machine: &Machine) -> io::Result<Result<(), RunError>> {
+        let command = self.peer.command(machine, self.directory)?;
+        let read = measure::start(command, self.directory, self.deadline, None)
+            .and_then(|mut running| running.next(self.deadline));
+        Ok(read.map(|took| {
+            if let Some(took) = took {
+                record(self.taken, "disk_read_ms", took.as_secs_f64() * 1e3);
+            }
+        }))
     }
 
     fn boot(&mut self, linux: &Machine) -> io::Result<Result<(), RunError>> {

@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::Command;
 use std::time::Duration;
 
 use serde::Deserialize;
@@ -16,6 +16,13 @@ use super::plan::{Figures, look, record};
 /// Writes the marker when it runs, then idles.
 const IDLE: &str = "printf '\\007'; exec sleep 1000000";
 
+/// Writes the marker and ends.
+const ONCE: &str = "printf '\\007'";
+
+/// Writes a file of 64 MiB to the writable layer, all the way, and then 32 MiB to standard output.
+const WORK: &str = "printf '\\007'; dd if=/dev/zero of=/bench bs=1M count=64 conv=fsync 2> /dev/null; printf '\\007'; \
+                    dd if=/dev/zero bs=1M count=32 2> /dev/null; printf '\\007'";
+
 /// `cube run` with an image whose container has a shell.
 #[derive(Debug, Clone)]
 pub struct PodCommand {
@@ -25,6 +32,8 @@ pub struct PodCommand {
     pub image: String,
     /// Memory of the pod's machine in MiB.
     pub memory_mib: u32,
+    /// Whether to measure its disk and its streams too.
+    pub throughput: bool,
 }
 
 /// One stage of `cube run --timeline=json`.
@@ -69,7 +78,7 @@ impl PodCommand {
         directory: &Path,
         taken: &mut Figures,
     ) -> Result<(), RunError> {
-        for stage in self.start(&[], directory)? {
+        for stage in self.start(&[], deadline, directory)? {
             match stage.stage.as_str() {
                 "container started" => record(taken, "cold_start_ms", stage.ms),
                 "agent ready" => exits(&stage, "hello", taken),
@@ -81,10 +90,19 @@ impl PodCommand {
                 stage.ms,
             );
         }
-        for stage in self.start(&["--console", "console"], directory)? {
+        for stage in self.start(&["--console", "console"], deadline, directory)? {
             if stage.stage == "agent ready" {
                 exits(&stage, "hello_console", taken);
             }
+        }
+        if self.throughput {
+            let command = self.command(&[], WORK);
+            let mut running = measure::start(command, directory, deadline, None)?;
+            for name in ["layer_write_ms", "stdout_ms"] {
+                let took = running.next(deadline)?.unwrap_or_default();
+                record(taken, name, took.as_secs_f64() * 1e3);
+            }
+            running.finish(deadline)?;
         }
         let group = Group::create();
         let running = measure::start(self.idle(), directory, deadline, group.as_ref())?;
@@ -94,22 +112,20 @@ impl PodCommand {
     }
 
     /// The stages of a pod whose container ends at once.
-    fn start(&self, options: &[&str], directory: &Path) -> Result<Vec<Stage>, RunError> {
+    fn start(
+        &self,
+        options: &[&str],
+        deadline: Duration,
+        directory: &Path,
+    ) -> Result<Vec<Stage>, RunError> {
         let options = [&["--timeline=json"], options].concat();
-        let mut command = self.command(&options, "exit 0");
-        command.current_dir(directory).stdin(Stdio::null());
-        let output = command.output().map_err(RunError::Spawn)?;
-        let words = String::from_utf8_lossy(&output.stderr).into_owned();
-        let parsed = words
-            .lines()
-            .find_map(|line| serde_json::from_str::<Timeline>(line).ok());
-        match parsed.filter(|_| output.status.success()) {
-            Some(timeline) => Ok(timeline.timeline),
-            None => Err(RunError::Ended {
-                status: output.status.to_string(),
-                output: words,
-            }),
-        }
+        let command = self.command(&options, ONCE);
+        let words = measure::start(command, directory, deadline, None)?.finish(deadline)?;
+        let mut lines = words.lines();
+        let timeline = lines.find_map(|line| serde_json::from_str::<Timeline>(line).ok());
+        timeline
+            .map(|timeline| timeline.timeline)
+            .ok_or_else(|| RunError::Odd("`cube run` printed no timeline".to_owned()))
     }
 }
 

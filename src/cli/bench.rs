@@ -21,6 +21,9 @@ use crate::bench::report::{Change, Host, Report};
 use crate::bench::stats::Verdict;
 use crate::vmm::boot::{cmdline, initramfs};
 
+/// Size of the disk that is read.
+const DISK_MIB: u32 = 64;
+
 /// Measure start-up time and memory footprint, VMM against VMM.
 ///
 /// Every VMM found in PATH or named with --vmm boots the same kernel and initramfs with the same vCPUs
@@ -57,6 +60,9 @@ pub(crate) struct BenchArgs {
     /// An image in the store that has a shell: `cube run` is a row, and starts pods of it.
     #[arg(long, value_name = "NAME")]
     image: Option<String>,
+    /// Also measure the throughput: of a disk, with --image of a container's writable layer and output.
+    #[arg(long, requires = "kernel")]
+    throughput: bool,
     /// Also measure the network of guests with --kernel and this root file system (made by `cargo xtask bench --net`).
     /// As root: a tap is made in a network namespace.
     #[arg(long, value_name = "FILE", requires = "kernel")]
@@ -75,7 +81,10 @@ pub(crate) struct BenchArgs {
     deadline: u64,
     /// A VMM that is not in PATH, as NAME=FILE.
     #[arg(long = "vmm", value_name = "NAME=FILE", value_parser = named_vmm)]
-    vmms: Vec<(String, PathBuf)>,
+    vmms: Vec<(Kind, PathBuf)>,
+    /// Measure only these VMMs; pods of --image are measured all the same.
+    #[arg(long, value_name = "NAME,…", value_delimiter = ',', value_parser = known_vmm)]
+    only: Vec<Kind>,
     /// Counted runs of each VMM.
     #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..=1000))]
     rounds: u32,
@@ -105,14 +114,17 @@ pub(crate) struct BenchArgs {
     json: bool,
 }
 
-fn named_vmm(text: &str) -> Result<(String, PathBuf), String> {
+fn known_vmm(name: &str) -> Result<Kind, String> {
+    let mut kinds = Kind::ALL.into_iter();
     let known = || Kind::ALL.map(Kind::program).join(", ");
-    match text.split_once('=') {
-        Some((name, path)) if Kind::ALL.iter().any(|kind| kind.program() == name) => {
-            Ok((name.to_owned(), path.into()))
-        }
-        _ => Err(format!("expected NAME=FILE with one of {}", known())),
-    }
+    kinds
+        .find(|kind| kind.program() == name)
+        .ok_or_else(|| format!("expected one of {}", known()))
+}
+
+fn named_vmm(text: &str) -> Result<(Kind, PathBuf), String> {
+    let (name, path) = text.split_once('=').ok_or("expected NAME=FILE")?;
+    Ok((known_vmm(name)?, path.into()))
 }
 
 /// Runs the harness.
@@ -173,7 +185,8 @@ fn read_report(path: &Path) -> Result<serde_json::Value, Failure> {
 /// Every VMM known, with what it boots; who is not there has a row that says so.
 fn rows(arguments: &BenchArgs, machines: &Machines) -> Result<Vec<Row>, Failure> {
     let (mut rows, mut others) = (Vec::new(), Vec::new());
-    for kind in Kind::ALL {
+    let chosen = |kind: &Kind| arguments.only.is_empty() || arguments.only.contains(kind);
+    for kind in Kind::ALL.into_iter().filter(chosen) {
         let name = kind.program();
         let Some(peer) = peer(arguments, kind)? else {
             rows.push(Row::missing(name));
@@ -184,14 +197,17 @@ fn rows(arguments: &BenchArgs, machines: &Machines) -> Result<Vec<Row>, Failure>
                 peer: peer.clone(),
                 tiny: None,
                 linux: Some(other.clone()),
+                disk: None,
             };
             others.push(Row::new(format!("{name}, {}", other.name), contender));
         }
-        let (tiny, linux) = (Some(machines.tiny.clone()), machines.linux.clone());
-        rows.push(Row::new(
-            name.to_owned(),
-            Contender::Vmm { peer, tiny, linux },
-        ));
+        let contender = Contender::Vmm {
+            peer,
+            tiny: Some(machines.tiny.clone()),
+            linux: machines.linux.clone(),
+            disk: machines.disk.clone(),
+        };
+        rows.push(Row::new(name.to_owned(), contender));
     }
     if let Some(image) = &arguments.image {
         let cube = std::env::current_exe().map_err(Failure::new)?;
@@ -199,8 +215,11 @@ fn rows(arguments: &BenchArgs, machines: &Machines) -> Result<Vec<Row>, Failure>
             cube,
             image: image.clone(),
             memory_mib: arguments.memory,
+            throughput: arguments.throughput,
         };
-        rows.push(Row::new("cube run".to_owned(), Contender::Pod(pod)));
+        rows.push(Row::new("cube run".to_owned(), Contender::Pod(pod.clone())));
+        let background = Contender::Background(pod);
+        rows.push(Row::new("cube pod run".to_owned(), background));
     }
     rows.append(&mut others);
     Ok(rows)
@@ -208,10 +227,7 @@ fn rows(arguments: &BenchArgs, machines: &Machines) -> Result<Vec<Row>, Failure>
 
 /// The VMM of that kind: where it is named, else where it is found. One that is named must run.
 fn peer(arguments: &BenchArgs, kind: Kind) -> Result<Option<Peer>, Failure> {
-    let named = arguments
-        .vmms
-        .iter()
-        .find(|(name, _)| name == kind.program());
+    let named = arguments.vmms.iter().find(|(named, _)| *named == kind);
     let Some(path) = named
         .map(|(_, path)| path.clone())
         .or_else(|| find(kind.program()))
@@ -268,6 +284,7 @@ fn crowds(arguments: &BenchArgs, rows: &[Row], directory: &Path) -> Result<Vec<C
 struct Machines {
     tiny: Machine,
     linux: Option<Machine>,
+    disk: Option<Machine>,
     other: Option<Machine>,
 }
 
@@ -279,6 +296,7 @@ impl Machines {
             name: "tiny".to_owned(),
             kernel,
             init: None,
+            disk: None,
             command_line: format!("{} {}", cmdline::ALWAYS, cmdline::SILENT),
             cpus: arguments.cpus,
             memory_mib: arguments.memory,
@@ -287,6 +305,7 @@ impl Machines {
             return Ok(Self {
                 tiny,
                 linux: None,
+                disk: None,
                 other: None,
             });
         };
@@ -307,17 +326,38 @@ impl Machines {
             })
         });
         let other = other.transpose()?;
+        let disk = match arguments.throughput {
+            true => Some(with_disk(&linux, directory).map_err(Failure::new)?),
+            false => None,
+        };
         Ok(Self {
             tiny,
             linux: Some(linux),
+            disk,
             other,
         })
     }
 
     fn list(&self) -> Vec<Machine> {
-        let more = [&self.linux, &self.other].into_iter().flatten();
+        let more = [&self.linux, &self.disk, &self.other].into_iter().flatten();
         std::iter::once(&self.tiny).chain(more).cloned().collect()
     }
+}
+
+/// That machine with a disk of [`DISK_MIB`], which the host has in its page cache.
+fn with_disk(linux: &Machine, directory: &Path) -> io::Result<Machine> {
+    let disk = directory.join("disk.img");
+    let block: Vec<u8> = (0..1 << 20).map(|n: u32| (n % 251) as u8).collect();
+    let mut file = fs::File::create(&disk)?;
+    for _ in 0..DISK_MIB {
+        file.write_all(&block)?;
+    }
+    Ok(Machine {
+        name: "linux with a disk".to_owned(),
+        disk: Some(disk),
+        command_line: format!("{} bench_io=1", linux.command_line),
+        ..linux.clone()
+    })
 }
 
 /// VMMs run in a directory of their own.

@@ -5,15 +5,15 @@ use std::io::{self, IsTerminal};
 
 use clap::Args;
 use cube_guest::{ProcessSpec, TerminalSize};
-use rustix::event::{PollFd, PollFlags, poll};
 
 use super::failure::Failure;
 use super::logs::container;
-use super::signals::{Arrived, Signals};
-use super::stdio::{Output, Relays};
+use super::relay::{OnSignal, Process, Streams};
+use super::signals::Signals;
+use super::stdio::Relays;
 use super::terminal::{self, RawMode};
 use crate::client::{PodApi, base_directory};
-use crate::pod::api::body::{CreateExec, ExecCreated, Exit, Kill};
+use crate::pod::api::body::{CreateExec, ExecCreated};
 
 /// Run a command in a container of a running pod.
 #[derive(Debug, Args)]
@@ -88,87 +88,16 @@ pub(crate) fn run(arguments: ExecArgs) -> Result<u8, Failure> {
     let mut signals = Signals::catch().map_err(Failure::new)?;
     let path = format!("/v1/containers/{container}/execs");
     let ExecCreated { exec } = api.call("POST", &path, &body).map_err(Failure::new)?;
+    let process = Process {
+        api: &api,
+        path: format!("/v1/execs/{exec}"),
+    };
     let relays = Relays::new().map_err(Failure::new)?;
     let raw = (interactive && tty).then(RawMode::enter).transpose();
     let raw = raw.map_err(Failure::new)?;
-    let outputs = attach(&api, &exec, &relays, interactive, tty)?;
-    let result = relay(&api, &exec, &relays, &mut signals, outputs);
+    let outputs = process.attach(&relays, Streams { tty, interactive })?;
+    let result = process.relay(&relays, &mut signals, OnSignal::Forward, outputs);
     drop(raw);
     result?;
-    let wait = format!("/v1/execs/{exec}/wait");
-    let exit: Exit = api.get(&wait).map_err(Failure::lost)?;
-    match exit.reason {
-        Some(reason) => Err(Failure::with_status(exit.exit_code, reason)),
-        None => Ok(exit.exit_code),
-    }
-}
-
-/// Connects the streams; returns how many outputs there are.
-fn attach(
-    api: &PodApi,
-    exec: &str,
-    relays: &Relays,
-    interactive: bool,
-    tty: bool,
-) -> Result<usize, Failure> {
-    let open = |stream: &str| {
-        let path = format!("/v1/execs/{exec}/attach/{stream}");
-        api.upgrade(&path).map_err(Failure::new)
-    };
-    if tty {
-        let stream = open("tty")?;
-        if interactive {
-            let input = stream.try_clone().map_err(Failure::new)?;
-            relays.input(input).map_err(Failure::new)?;
-        }
-        relays
-            .output(stream, Output::Stdout)
-            .map_err(Failure::new)?;
-        return Ok(1);
-    }
-    for (stream, output) in [("stdout", Output::Stdout), ("stderr", Output::Stderr)] {
-        relays.output(open(stream)?, output).map_err(Failure::new)?;
-    }
-    if interactive {
-        relays.input(open("stdin")?).map_err(Failure::new)?;
-    }
-    Ok(2)
-}
-
-/// Relays until every output has ended; signals are the command's.
-fn relay(
-    api: &PodApi,
-    exec: &str,
-    relays: &Relays,
-    signals: &mut Signals,
-    mut outputs: usize,
-) -> Result<(), Failure> {
-    while outputs > 0 {
-        let mut fds = [
-            PollFd::from_borrowed_fd(relays.interest(), PollFlags::IN),
-            PollFd::from_borrowed_fd(signals.interest(), PollFlags::IN),
-        ];
-        match poll(&mut fds, None) {
-            Ok(_) | Err(rustix::io::Errno::INTR) => {}
-            Err(error) => return Err(Failure::new(error)),
-        }
-        for end in relays.ended() {
-            end.map_err(Failure::new)?;
-            outputs -= 1;
-        }
-        for arrived in signals.arrived() {
-            // Refused at the end of the command, when there is nobody to signal.
-            let _: Result<(), _> = match (arrived, terminal::size()) {
-                (Arrived::Forward(signal), _) => {
-                    let kill = Kill { signal, all: false };
-                    api.call("POST", &format!("/v1/execs/{exec}/kill"), &kill)
-                }
-                (Arrived::WindowChange, Some(size)) => {
-                    api.call("POST", &format!("/v1/execs/{exec}/resize"), &size)
-                }
-                (Arrived::WindowChange, None) => Ok(()),
-            };
-        }
-    }
-    Ok(())
+    process.status()
 }

@@ -1,7 +1,8 @@
 //! The command line: one command per file. Nothing here is used by the other parts.
 //!
 //! - [`main`] parses, dispatches, and turns a failure into a sentence and an exit status.
-//! - `run` makes a request of the options; `attach` stays with the pod until its container has ended.
+//! - `run` makes a request of the options; `stay` stays with the pod until its container has ended.
+//! - `exec` and `attach` are `relay` with a process of a pod that runs.
 
 mod attach;
 mod bench;
@@ -16,12 +17,17 @@ mod net;
 mod pod;
 mod pod_net;
 mod pod_spec;
+mod port_forward;
 mod process;
 mod ps;
+mod relay;
+mod rm;
 mod rmi;
 mod run;
 mod signals;
 mod size;
+mod stats;
+mod stay;
 mod stdio;
 mod stop;
 mod terminal;
@@ -54,7 +60,11 @@ enum Command {
     Pod(Box<pod::PodArgs>),
     Ps(ps::PsArgs),
     Exec(Box<exec::ExecArgs>),
+    Attach(attach::AttachArgs),
     Logs(logs::LogsArgs),
+    Stats(stats::StatsArgs),
+    PortForward(port_forward::PortForwardArgs),
+    Rm(rm::RmArgs),
     Stop(stop::StopArgs),
     Images(images::Args),
     Import(import::Args),
@@ -96,7 +106,11 @@ fn dispatch(command: Command, origin: u64) -> Result<ExitCode, Failure> {
         Command::Pod(arguments) => pod::run(*arguments),
         Command::Ps(arguments) => ps::run(&arguments),
         Command::Exec(arguments) => exec::run(*arguments).map(ExitCode::from),
+        Command::Attach(arguments) => attach::run(&arguments).map(ExitCode::from),
         Command::Logs(arguments) => logs::run(&arguments),
+        Command::Stats(arguments) => stats::run(&arguments),
+        Command::PortForward(arguments) => port_forward::run(&arguments),
+        Command::Rm(arguments) => rm::run(&arguments),
         Command::Stop(arguments) => stop::run(&arguments),
         Command::Images(arguments) => images::run(arguments).map_err(Failure::new),
         Command::Import(arguments) => import::run(arguments).map_err(Failure::new),

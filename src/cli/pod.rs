@@ -11,10 +11,11 @@ use cube_guest::{ContainerSpec, PidNamespace, PodSpec, ProcessSpec, RootFs, Secu
 use super::failure::Failure;
 use super::image_disks;
 use super::images::{StoreArgs, print};
+use super::pod_net::{NetArgs, PodNetwork};
 use super::pod_spec::{self, Container};
 use super::process::process;
 use super::size::parse_memory;
-use crate::client::detached::Detached;
+use crate::client::detached::{Detached, DetachedError};
 use crate::client::{Install, PodDisk, PodRequest, base_directory};
 use crate::pod::new_token;
 
@@ -39,6 +40,7 @@ enum PodCommand {
 Examples:
   cube pod run web.yaml
   cube pod run --memory 512M --log-dir /var/log/web web.yaml
+  cube pod run -p 8080:80 web.yaml
   cube exec web -- hostname
   cube stop web")]
 struct RunArgs {
@@ -63,6 +65,9 @@ struct RunArgs {
     /// Guest kernel, an ELF vmlinux; otherwise CUBE_KERNEL or /usr/lib/cube/vmlinux.
     #[arg(long, value_name = "FILE")]
     kernel: Option<PathBuf>,
+
+    #[command(flatten)]
+    net: NetArgs,
 
     #[command(flatten)]
     store: StoreArgs,
@@ -91,27 +96,55 @@ pub(crate) fn run(arguments: PodArgs) -> Result<ExitCode, Failure> {
             ..spec
         });
     }
+    let base = base_directory().map_err(Failure::new)?;
+    let log_directory = arguments.log_dir.as_ref().map(std::path::absolute);
+    let log_directory = log_directory.transpose().map_err(Failure::usage)?;
+    let install = Install::find(arguments.kernel.as_deref()).map_err(Failure::new)?;
+    let mut network = PodNetwork::connect(&arguments.net, &base, &id, arguments.cpus)?;
     let request = PodRequest {
-        install: Install::find(arguments.kernel.as_deref()).map_err(Failure::new)?,
+        install,
         cpus: arguments.cpus,
         memory_mib: arguments.memory,
         disks,
-        nets: Vec::new(),
+        nets: network
+            .as_mut()
+            .map(PodNetwork::take_device)
+            .into_iter()
+            .collect(),
         guest: PodSpec {
             hostname: pod.spec.hostname.unwrap_or_else(|| id.clone()),
             containers,
+            network: network.as_ref().map(PodNetwork::spec),
             ..PodSpec::default()
         },
         timeline: false,
         console: None,
         id: id.clone(),
     };
-    let base = base_directory().map_err(Failure::new)?;
-    let log_directory = arguments.log_dir.map(std::path::absolute).transpose();
-    let log_directory = log_directory.map_err(Failure::usage)?;
-    let started = Detached::start(&base, request, log_directory).map_err(Failure::new)?;
-    started.wait_ready().map_err(Failure::new)?;
+    start(&base, request, log_directory, network)?;
     Ok(print(&format!("{id}\n")))
+}
+
+/// Starts the pod and waits until it runs. What was made for one that does not is undone.
+fn start(
+    base: &Path,
+    request: PodRequest,
+    log_directory: Option<PathBuf>,
+    network: Option<PodNetwork>,
+) -> Result<(), Failure> {
+    let lock = network.as_ref().map(PodNetwork::lock_copy).transpose()?;
+    let started = Detached::start(base, request, log_directory, lock.flatten());
+    let ready = started
+        .map_err(DetachedError::from)
+        .and_then(Detached::wait_ready);
+    if let Some(network) = network {
+        match &ready {
+            // Where only its API failed, its process may live.
+            Ok(_) | Err(DetachedError::Api(_)) => network.hand_over(),
+            Err(_) => network.disconnect(),
+        }
+    }
+    ready.map(drop).map_err(Failure::new)
 }
 
 fn read(path: &Path) -> Result<String, Failure> {

@@ -1,4 +1,4 @@
-//! `cube run --net` and `-p`: which network a pod gets, and making it.
+//! `--net` and `-p` of `cube run` and `cube pod run`: which network a pod gets, and making it.
 #![forbid(unsafe_code)]
 
 use std::collections::BTreeMap;
@@ -105,6 +105,13 @@ pub(crate) fn networks(base: &Path) -> Networks {
     Networks::new(&base.join(RECORDS), Plugins::default())
 }
 
+/// Undoes the networks of pods that are gone, whatever ended them.
+pub(crate) fn sweep(base: &Path) {
+    if let Err(error) = networks(base).sweep() {
+        eprintln!("cube: a network that an earlier pod left is still there: {error}");
+    }
+}
+
 impl PodNetwork {
     /// Makes the network that was asked for; none: none was.
     pub(crate) fn connect(
@@ -139,11 +146,8 @@ impl PodNetwork {
                 )),
             };
         };
-        let networks = networks(base);
-        if let Err(error) = networks.sweep() {
-            eprintln!("cube: a network that an earlier pod left is still there: {error}");
-        }
-        let attached = networks.attach(&config, pod, ports, queues);
+        sweep(base);
+        let attached = networks(base).attach(&config, pod, ports, queues);
         let (attachment, queues) = attached.map_err(Failure::new)?;
         Ok(Some(Self {
             interface: attachment.interface().clone(),
@@ -209,6 +213,19 @@ impl PodNetwork {
             mtu: self.mtu,
             // What CNI made belongs to this pod alone; who makes a tap may want anything on it.
             check_source: self.attachment.is_some(),
+        }
+    }
+
+    /// What a pod process holds for as long as it lives, so that nobody undoes its network.
+    pub(crate) fn lock_copy(&self) -> Result<Option<OwnedFd>, Failure> {
+        let lock = self.attachment.as_ref().map(Attachment::lock_copy);
+        lock.transpose().map_err(Failure::new)
+    }
+
+    /// Leaves it to the pod process that inherited its lock.
+    pub(crate) fn hand_over(self) {
+        if let Some(attachment) = self.attachment {
+            attachment.hand_over();
         }
     }
 

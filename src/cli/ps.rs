@@ -7,6 +7,7 @@ use clap::Args;
 
 use super::failure::Failure;
 use super::images::{json, print};
+use super::pod_net::sweep;
 use crate::client::{ApiError, base_directory, detached};
 use crate::pod::api::body::{ContainerState, PodStatus};
 
@@ -29,6 +30,7 @@ pub(crate) struct PsArgs {
 /// Runs `cube ps`.
 pub(crate) fn run(arguments: &PsArgs) -> Result<ExitCode, Failure> {
     let base = base_directory().map_err(Failure::new)?;
+    sweep(&base);
     let mut pods: Vec<PodStatus> = Vec::new();
     for pod in detached::pods(&base).map_err(Failure::new)? {
         match pod.get("/v1/pod") {

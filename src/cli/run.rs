@@ -7,7 +7,6 @@ use std::path::PathBuf;
 use clap::Args;
 use cube_guest::{ContainerSpec, PodSpec, ProcessSpec, RootFs, SecuritySpec, Stdio, TerminalSize};
 
-use super::attach::{Attachment, attach};
 use super::failure::{Failure, STATUS_HELP};
 use super::image_disks::{self, Resolved};
 use super::images::StoreArgs;
@@ -15,6 +14,7 @@ use super::pod_net::{NetArgs, PodNetwork};
 use super::process::{ProcessOptions, process};
 use super::signals::Signals;
 use super::size::parse_memory;
+use super::stay::{Attachment, stay};
 use super::terminal;
 use super::timeline::{Timeline, TimelineFormat};
 use crate::client::pod::new_id;
@@ -160,7 +160,7 @@ pub(crate) fn run(mut arguments: RunArgs, origin: u64) -> Result<u8, Failure> {
     let (request, stdio) = request(&mut arguments, id, image, network.as_mut())?;
     let pod = Pod::start(&base, request).map_err(Failure::new)?;
     timeline.mark("machine spawned");
-    let outcome = attach(
+    let outcome = stay(
         pod,
         Attachment {
             container: CONTAINER.to_owned(),

@@ -11,6 +11,7 @@ use std::net::Shutdown;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread;
 
@@ -54,6 +55,8 @@ pub(crate) struct Relays {
     wake: Arc<OwnedFd>,
     sender: Sender<RelayEnd>,
     ends: Receiver<RelayEnd>,
+    /// With keys that leave: whether they were typed.
+    left: Option<Arc<AtomicBool>>,
 }
 
 impl Relays {
@@ -64,7 +67,20 @@ impl Relays {
             wake: Arc::new(eventfd(0, flags)?),
             sender,
             ends,
+            left: None,
         })
+    }
+
+    /// From now on Ctrl-P Ctrl-Q in the input ends the input's relay.
+    pub(crate) fn leave_by_keys(&mut self) {
+        self.left = Some(Arc::default());
+    }
+
+    /// Whether these keys were typed.
+    pub(crate) fn were_left(&self) -> bool {
+        self.left
+            .as_ref()
+            .is_some_and(|left| left.load(Ordering::Relaxed))
     }
 
     /// Relays `stream` to `output` until its end.
@@ -86,9 +102,13 @@ impl Relays {
     /// Relays standard input to `stream` until either ends.
     pub(crate) fn input(&self, stream: UnixStream) -> io::Result<()> {
         let from = File::from(io::stdin().as_fd().try_clone_to_owned()?);
+        let left = self.left.clone();
         spawn("standard input", move || {
             // A container that closed its input, or ended, is no error.
-            let _ = relay_input(&from, &stream);
+            let keys = left.is_some().then(Keys::default);
+            if let (Ok(true), Some(left)) = (relay_input(&from, &stream, keys), left) {
+                left.store(true, Ordering::Relaxed);
+            }
             let _ = stream.shutdown(Shutdown::Write);
         })
     }
@@ -144,7 +164,42 @@ fn write_all(mut to: &File, mut bytes: &[u8]) -> io::Result<()> {
     Ok(())
 }
 
-fn relay_input(mut from: &File, mut stream: &UnixStream) -> io::Result<()> {
+/// The keys that leave a terminal, wherever they are cut.
+#[derive(Debug, Default)]
+struct Keys {
+    /// Ctrl-P was typed, and nothing since.
+    held: bool,
+}
+
+impl Keys {
+    const FIRST: u8 = 0x10;
+    const SECOND: u8 = 0x11;
+
+    /// What of `typed` goes on; `None`: the keys were among it.
+    fn filter(&mut self, typed: &[u8]) -> Option<Vec<u8>> {
+        let mut on = Vec::with_capacity(typed.len() + 1);
+        for byte in typed {
+            if std::mem::take(&mut self.held) {
+                if *byte == Self::SECOND {
+                    return None;
+                }
+                on.push(Self::FIRST);
+            }
+            match *byte {
+                Self::FIRST => self.held = true,
+                byte => on.push(byte),
+            }
+        }
+        Some(on)
+    }
+}
+
+/// Returns whether it was left by `keys`.
+fn relay_input(
+    mut from: &File,
+    mut stream: &UnixStream,
+    mut keys: Option<Keys>,
+) -> io::Result<bool> {
     let mut buffer = vec![0; BUFFER_SIZE];
     loop {
         let mut fds = [
@@ -154,11 +209,17 @@ fn relay_input(mut from: &File, mut stream: &UnixStream) -> io::Result<()> {
         ];
         poll(&mut fds, None)?;
         if !fds[1].revents().is_empty() {
-            return Ok(());
+            return Ok(false);
         }
         match from.read(&mut buffer) {
-            Ok(0) => return Ok(()),
-            Ok(length) => stream.write_all(&buffer[..length])?,
+            Ok(0) => return Ok(false),
+            Ok(length) => match &mut keys {
+                None => stream.write_all(&buffer[..length])?,
+                Some(keys) => match keys.filter(&buffer[..length]) {
+                    Some(typed) => stream.write_all(&typed)?,
+                    None => return Ok(true),
+                },
+            },
             Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
             Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
             Err(e) => return Err(e),
@@ -217,7 +278,7 @@ mod tests {
         let (reader, mut writer) = io::pipe().unwrap();
         writer.write_all(b"typed").unwrap();
         drop(writer);
-        relay_input(&file(reader), &stream).unwrap();
+        relay_input(&file(reader), &stream, None).unwrap();
         drop(stream);
         let mut received = String::new();
         guest.read_to_string(&mut received).unwrap();
@@ -225,10 +286,23 @@ mod tests {
     }
 
     #[test]
+    fn two_keys_leave_and_every_other_goes_on() {
+        let mut keys = Keys::default();
+        assert_eq!(keys.filter(b"ab\x10"), Some(b"ab".to_vec()));
+        assert_eq!(keys.filter(b"\x10c\x11"), Some(b"\x10\x10c\x11".to_vec()));
+        assert_eq!(keys.filter(b"\x10"), Some(Vec::new()));
+        assert_eq!(keys.filter(b"\x11rest"), None);
+        let (_guest, stream) = UnixStream::pair().unwrap();
+        let (reader, mut writer) = io::pipe().unwrap();
+        writer.write_all(b"x\x10\x11").unwrap();
+        assert!(relay_input(&file(reader), &stream, Some(Keys::default())).unwrap());
+    }
+
+    #[test]
     fn input_that_nobody_types_ends_with_its_stream() {
         let (guest, stream) = UnixStream::pair().unwrap();
         let (reader, _writer) = io::pipe().unwrap();
-        let relaying = thread::spawn(move || relay_input(&file(reader), &stream));
+        let relaying = thread::spawn(move || relay_input(&file(reader), &stream, None));
         drop(guest);
         relaying.join().unwrap().unwrap();
     }

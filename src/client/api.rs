@@ -61,6 +61,11 @@ impl PodApi {
         }
     }
 
+    /// The pod's name.
+    pub fn id(&self) -> &str {
+        &self.id
+    }
+
     /// Calls and takes the answer's JSON; an answer without a body is `null`.
     ///
     /// # Errors
@@ -85,6 +90,22 @@ impl PodApi {
     pub fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T, ApiError> {
         let response = self.request("GET", path, &[], false)?;
         Ok(serde_json::from_slice(&response.text()?)?)
+    }
+
+    /// Reads a body that is not JSON: metrics, a file.
+    ///
+    /// # Errors
+    /// [`ApiError`]; a body that is shorter than was announced is an I/O error.
+    pub fn read(&self, path: &str) -> Result<Vec<u8>, ApiError> {
+        let response = self.request("GET", path, &[], false)?;
+        let announced = response.length;
+        let body = response.text()?;
+        match announced {
+            Some(length) if length != body.len() as u64 => {
+                Err(io::Error::from(io::ErrorKind::UnexpectedEof).into())
+            }
+            _ => Ok(body),
+        }
     }
 
     /// A body that goes on, such as events or a followed log.

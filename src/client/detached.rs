@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::io::BufRead;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 
@@ -38,7 +38,8 @@ pub enum DetachedError {
 
 impl Detached {
     /// Starts a pod whose `request.disks` are two for each container of `request.guest`, in order. The logs
-    /// go to `log_directory`, or the pod's own directory.
+    /// go to `log_directory`, or the pod's own directory. The process holds `network_lock` for as long as it
+    /// lives.
     ///
     /// # Errors
     /// Anything on the host's side; nothing is left behind.
@@ -46,6 +47,7 @@ impl Detached {
         base: &Path,
         request: PodRequest,
         log_directory: Option<PathBuf>,
+        network_lock: Option<OwnedFd>,
     ) -> Result<Self, PodError> {
         let directory = RunDir::create(base, &request.id)?;
         let path = directory.path().to_owned();
@@ -66,6 +68,7 @@ impl Detached {
             directory: path.clone(),
             lock_fd: lock.as_raw_fd(),
             api_fd: listener.as_raw_fd(),
+            network_lock_fd: network_lock.as_ref().map(AsRawFd::as_raw_fd),
             guest: request.guest.clone(),
             containers: first,
         };
@@ -78,7 +81,8 @@ impl Detached {
             .saturating_sub(spec.disks.len() + 2)
             .try_into()
             .unwrap_or(0);
-        let others = [lock.as_raw_fd(), listener.as_raw_fd()];
+        let mut others = vec![lock.as_raw_fd(), listener.as_raw_fd()];
+        others.extend(pod.network_lock_fd);
         let pod = serde_json::to_vec(&pod)?;
         let messages = start_detached(&program, &spec, &pod, inherited, &others)?;
         // From here on the directory is the process's.

@@ -18,6 +18,7 @@ use rustix::process::{Pid, PidfdFlags, Signal};
 use super::capture::Capture;
 use super::install::NamedFile;
 use crate::vmm::spec::{FileSource, MachineSpec};
+use crate::vmm::timeline::now;
 
 /// How much of the end of `cube-vmm`'s messages is kept, in bytes.
 const KEEP_MESSAGES: usize = 16 << 10;
@@ -250,6 +251,7 @@ pub(crate) fn start_detached(
         command.args([option, &file.as_raw_fd().to_string()]);
         passed.push(file.as_raw_fd());
     }
+    command.args(["--started-at", &now().to_string()]);
     inherit(&mut command, passed, true);
     let child = command.spawn().map_err(|source| VmmError::Spawn {
         path: program.to_owned(),

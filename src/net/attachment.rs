@@ -8,6 +8,7 @@
 #![forbid(unsafe_code)]
 
 use std::collections::BTreeMap;
+use std::io;
 use std::os::fd::OwnedFd;
 use std::path::Path;
 
@@ -206,6 +207,21 @@ impl Attachment {
     /// Its addresses.
     pub fn addresses(&self) -> &[Cidr] {
         &self.interface.addresses
+    }
+
+    /// A copy of the lock that says that this network has an owner, for a process to inherit.
+    ///
+    /// # Errors
+    /// This process has no descriptor left.
+    pub fn lock_copy(&self) -> io::Result<OwnedFd> {
+        let owned = self.owned.as_ref().map(Owned::lock_copy);
+        owned.unwrap_or_else(|| Err(io::Error::other("the network is undone")))
+    }
+
+    /// Leaves the network to whoever holds a copy of its lock: when that process has gone, the next command
+    /// undoes it.
+    pub fn hand_over(mut self) {
+        self.owned = None;
     }
 
     /// Undoes everything.

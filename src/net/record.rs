@@ -6,7 +6,7 @@
 
 use std::fs::{self, DirBuilder, File};
 use std::io;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
@@ -157,6 +157,11 @@ impl Owned {
         let result = work(self);
         let _ = fcntl_setfd(self.lock.as_fd(), FdFlags::CLOEXEC);
         result
+    }
+
+    /// A copy of the lock: the record has an owner for as long as any copy is open.
+    pub(super) fn lock_copy(&self) -> io::Result<OwnedFd> {
+        self.lock.as_fd().try_clone_to_owned()
     }
 
     /// Everything is undone.

@@ -13,15 +13,18 @@ use std::os::unix::net::UnixStream;
 use rustix::event::PollFlags;
 
 use super::log_file::{Line, LogFile};
+use super::ready::Ready;
 
-/// Bytes copied at a time.
-const PIECE: usize = 64 << 10;
+/// Bytes copied at a time: the size of the buffer that every channel is turned with.
+pub(crate) const PIECE: usize = 64 << 10;
 
 /// What a stream carries.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Kind {
-    /// Client to guest; its end closes the guest's input.
+    /// Client to guest; its client's end closes the guest's input.
     Stdin,
+    /// Client to guest, for clients that come and go: the end of one is not the input's.
+    SharedStdin,
     /// Guest to client.
     Stdout,
     /// Guest to client.
@@ -30,26 +33,39 @@ pub(crate) enum Kind {
     Tty,
     /// Both ways, each with an end of its own: a forwarded port.
     Port,
+    /// Guest to client: a file's content.
+    File,
 }
 
 impl Kind {
     /// The name in the API and, of an output, in the log.
     pub(crate) fn name(self) -> &'static str {
         match self {
-            Self::Stdin => "stdin",
+            Self::Stdin | Self::SharedStdin => "stdin",
             Self::Stdout => "stdout",
             Self::Stderr => "stderr",
             Self::Tty => "tty",
             Self::Port => "port",
+            Self::File => "file",
         }
     }
 
     fn has_output(self) -> bool {
-        self != Self::Stdin
+        !self.is_stdin()
     }
 
     fn has_input(self) -> bool {
-        !matches!(self, Self::Stdout | Self::Stderr)
+        !matches!(self, Self::Stdout | Self::Stderr | Self::File)
+    }
+
+    /// Whether it is a standard input, which takes one client at a time.
+    pub(crate) fn is_stdin(self) -> bool {
+        matches!(self, Self::Stdin | Self::SharedStdin)
+    }
+
+    /// Whether a client's end is its going, and not the stream's end.
+    fn outlives_clients(self) -> bool {
+        matches!(self, Self::Tty | Self::SharedStdin)
     }
 
     /// A terminal's output is logged as standard output.
@@ -88,6 +104,8 @@ pub(crate) struct Channel {
     /// Nothing is read without a client: there is no log that takes it.
     needs_client: bool,
     had_client: bool,
+    /// The guest was told that no more input comes.
+    input_closed: bool,
     line: Line,
 }
 
@@ -101,6 +119,7 @@ impl Channel {
             clients: Vec::new(),
             needs_client,
             had_client: false,
+            input_closed: false,
             line: Line::default(),
         }
     }
@@ -177,7 +196,8 @@ impl Channel {
             flags.set(PollFlags::OUT, !client.out.is_empty());
             let reads = self.kind.has_input() && client.input.is_empty() && !client.input_ended;
             flags.set(PollFlags::IN, reads);
-            has_input |= !client.input.is_empty();
+            let ends = client.input_ended && !self.input_closed;
+            has_input |= ends || !client.input.is_empty();
             // A client that is asked nothing is not polled: its hang-up would wake the loop for ever.
             if !flags.is_empty() {
                 into.push((client.socket.as_fd(), flags));
@@ -193,26 +213,32 @@ impl Channel {
         }
     }
 
-    /// Copies what is ready. Returns whether output went to the log.
+    /// Copies what is ready through `buffer`, of [`PIECE`] bytes. Returns whether output went to the log.
     ///
     /// # Errors
     /// The log cannot be written.
-    pub(crate) fn turn(&mut self, mut log: Option<&mut LogFile>) -> io::Result<bool> {
+    pub(crate) fn turn(
+        &mut self,
+        ready: &Ready,
+        buffer: &mut [u8],
+        mut log: Option<&mut LogFile>,
+    ) -> io::Result<bool> {
         let kind = self.kind;
         let mut hung_up = false;
         self.clients.retain_mut(|client| {
-            let stays = client.flush() && (!kind.has_input() || client.read(kind));
+            let stays = !ready.has(&client.socket)
+                || (client.flush() && (!kind.has_input() || client.read(kind, buffer)));
             hung_up |= !stays;
             stays
         });
-        self.pass_input();
+        self.pass_input(ready);
         if hung_up && self.needs_client && self.clients.is_empty() {
             // As a pipe whose reader is gone.
             self.guest = Guest::Ended;
         }
         let mut logged = false;
         if self.wants_output() {
-            logged = self.pass_output(log.as_deref_mut())?;
+            logged = self.pass_output(ready, buffer, log.as_deref_mut())?;
         }
         if matches!(self.guest, Guest::Ended) {
             if let Some(log) = log {
@@ -224,12 +250,19 @@ impl Channel {
         Ok(logged)
     }
 
-    fn pass_output(&mut self, log: Option<&mut LogFile>) -> io::Result<bool> {
+    fn pass_output(
+        &mut self,
+        ready: &Ready,
+        buffer: &mut [u8],
+        log: Option<&mut LogFile>,
+    ) -> io::Result<bool> {
         let Guest::Connected(stream) = &mut self.guest else {
             return Ok(false);
         };
-        let mut piece = vec![0; PIECE];
-        let length = match stream.read(&mut piece) {
+        if !ready.has(stream) {
+            return Ok(false);
+        }
+        let length = match stream.read(buffer) {
             Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(false),
             Err(e) if e.kind() == io::ErrorKind::Interrupted => return Ok(false),
             Ok(0) | Err(_) => {
@@ -238,21 +271,28 @@ impl Channel {
             }
             Ok(length) => length,
         };
-        let piece = &piece[..length];
-        if let Some(log) = log {
-            log.write(self.kind.log_name(), &mut self.line, piece)?;
-        }
+        let piece = &buffer[..length];
+        // First the log: what a client has seen is in it. One that cannot be written costs clients nothing.
+        let logged = match log {
+            Some(log) => log.write(self.kind.log_name(), &mut self.line, piece),
+            None => Ok(()),
+        };
         for client in &mut self.clients {
             client.out.extend_from_slice(piece);
             client.flush();
         }
-        Ok(true)
+        logged.map(|()| true)
     }
 
-    fn pass_input(&mut self) {
+    fn pass_input(&mut self, ready: &Ready) {
         let Guest::Connected(stream) = &mut self.guest else {
             return;
         };
+        // What a client has just sent is tried at once; what the guest did not take before waits for it.
+        let sent = |client: &Client| ready.has(&client.socket);
+        if !ready.has(stream) && !self.clients.iter().any(sent) {
+            return;
+        }
         let mut broken = false;
         for client in &mut self.clients {
             while !client.input.is_empty() && !broken {
@@ -269,13 +309,17 @@ impl Channel {
             }
         }
         let ended = |client: &Client| client.input_ended && client.input.is_empty();
-        if !self.clients.iter().any(ended) && !broken {
+        if self.input_closed || (!self.clients.iter().any(ended) && !broken) {
             return;
         }
         match self.kind {
             Kind::Stdin => self.guest = Guest::Ended,
-            Kind::Port => drop(stream.shutdown(Shutdown::Write)),
-            Kind::Tty | Kind::Stdout | Kind::Stderr => {}
+            Kind::Port => {
+                self.input_closed = true;
+                drop(stream.shutdown(Shutdown::Write));
+            }
+            Kind::SharedStdin if broken => self.guest = Guest::Ended,
+            Kind::SharedStdin | Kind::Tty | Kind::Stdout | Kind::Stderr | Kind::File => {}
         }
     }
 }
@@ -295,18 +339,14 @@ impl Client {
     }
 
     /// Reads what came, if the guest has taken what came before; `false` if it has gone.
-    fn read(&mut self, kind: Kind) -> bool {
+    fn read(&mut self, kind: Kind, buffer: &mut [u8]) -> bool {
         if self.input_ended || !self.input.is_empty() {
             return true;
         }
-        let mut piece = vec![0; PIECE];
-        match self.socket.read(&mut piece) {
-            Ok(0) if kind == Kind::Tty => return false,
+        match self.socket.read(buffer) {
+            Ok(0) if kind.outlives_clients() => return false,
             Ok(0) => self.input_ended = true,
-            Ok(length) => {
-                piece.truncate(length);
-                self.input = piece;
-            }
+            Ok(length) => self.input.extend_from_slice(&buffer[..length]),
             Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
             Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
             Err(_) => return false,
@@ -334,8 +374,10 @@ mod tests {
     }
 
     fn turns(channel: &mut Channel) {
+        let mut buffer = [0; PIECE];
         for _ in 0..8 {
-            channel.turn(None).unwrap();
+            let ready = Ready::everything();
+            channel.turn(&ready, &mut buffer, None).unwrap();
         }
     }
 
@@ -374,7 +416,7 @@ mod tests {
         let mut sent = 0;
         for _ in 0..1000 {
             sent += (&guest).write(&[0; 4096]).unwrap_or(0);
-            channel.turn(None).unwrap();
+            turns(&mut channel);
         }
         assert!(channel.clients[0].out.len() <= PIECE);
         assert!(sent < 4 << 20, "{sent} bytes were taken from the guest");
@@ -390,6 +432,70 @@ mod tests {
         let mut text = String::new();
         guest.read_to_string(&mut text).unwrap();
         assert_eq!(text, "typed");
+    }
+
+    #[test]
+    fn a_shared_input_outlives_its_clients_and_ends_with_its_reader() {
+        let (mut channel, mut guest) = connected(Kind::SharedStdin, false);
+        for word in [b"one", b"two"] {
+            let mut writer = client(&mut channel);
+            writer.write_all(word).unwrap();
+            drop(writer);
+            turns(&mut channel);
+            let mut read = [0; 3];
+            guest.read_exact(&mut read).unwrap();
+            assert_eq!(&read, word);
+            assert!(!channel.has_client() && !channel.is_over());
+        }
+        drop(guest);
+        let mut writer = client(&mut channel);
+        writer.write_all(b"more").unwrap();
+        turns(&mut channel);
+        assert!(channel.is_over());
+    }
+
+    #[test]
+    fn an_input_that_ended_before_the_guest_came_ends_then() {
+        let mut channel = Channel::new(Kind::Stdin, 7, true);
+        let writer = client(&mut channel);
+        drop(writer);
+        turns(&mut channel);
+        let (mut guest, host) = UnixStream::pair().unwrap();
+        channel.connect(host).unwrap();
+        let mut interests = Vec::new();
+        channel.interests(&mut interests);
+        let ready = Ready::wait(interests, None).unwrap();
+        channel.turn(&ready, &mut [0; PIECE], None).unwrap();
+        assert_eq!(guest.read(&mut [0]).unwrap(), 0);
+    }
+
+    #[test]
+    fn a_port_whose_client_has_said_all_does_not_keep_the_loop_awake() {
+        let (mut channel, _guest) = connected(Kind::Port, true);
+        let writer = client(&mut channel);
+        writer.shutdown(Shutdown::Write).unwrap();
+        turns(&mut channel);
+        let mut interests = Vec::new();
+        channel.interests(&mut interests);
+        let now = rustix::event::Timespec::default();
+        assert!(Ready::wait(interests, Some(&now)).unwrap().is_empty());
+    }
+
+    #[test]
+    fn what_is_not_ready_is_not_read() {
+        let (mut channel, mut guest) = connected(Kind::Stdout, true);
+        let mut reader = client(&mut channel);
+        guest.write_all(b"x").unwrap();
+        let mut buffer = [0; PIECE];
+        let nothing = Ready::default();
+        assert!(!channel.turn(&nothing, &mut buffer, None).unwrap());
+        let mut interests = Vec::new();
+        channel.interests(&mut interests);
+        let ready = Ready::wait(interests, None).unwrap();
+        assert!(channel.turn(&ready, &mut buffer, None).unwrap());
+        let mut byte = [0];
+        reader.read_exact(&mut byte).unwrap();
+        assert_eq!(&byte, b"x");
     }
 
     #[test]

@@ -13,6 +13,7 @@ use super::api::server::ConnectionId;
 use super::channel::{Channel, Kind};
 use super::log_file::{LogFile, timestamp};
 use super::pairing::new_token;
+use super::ready::Ready;
 
 /// Now, as the API writes times.
 pub(crate) fn now() -> String {
@@ -32,6 +33,10 @@ pub(crate) struct Container {
     pub(crate) slots: Vec<u16>,
     /// Clients that wait for its end.
     pub(crate) waiters: Vec<ConnectionId>,
+    /// Its log grew in this turn.
+    pub(crate) log_grew: bool,
+    pub(crate) restarts: u32,
+    stdin: Kind,
     oom_killed: bool,
     created_at: String,
     started_at: Option<String>,
@@ -39,16 +44,28 @@ pub(crate) struct Container {
 }
 
 impl Container {
-    /// A container whose disks are in `slots`.
-    pub(crate) fn new(spec: ContainerSpec, log_path: PathBuf, slots: Vec<u16>) -> io::Result<Self> {
+    /// A container whose disks are in `slots`. `stdin_once`: its standard input ends with its first client.
+    pub(crate) fn new(
+        spec: ContainerSpec,
+        log_path: PathBuf,
+        slots: Vec<u16>,
+        stdin_once: bool,
+    ) -> io::Result<Self> {
+        let stdin = match stdin_once {
+            true => Kind::Stdin,
+            false => Kind::SharedStdin,
+        };
         Ok(Self {
             state: ContainerState::Creating,
             exit: None,
             log: LogFile::open(&log_path)?,
             log_error: None,
-            channels: channels(&spec.process.stdio, false),
+            channels: channels(&spec.process.stdio, stdin, false),
             slots,
             waiters: Vec::new(),
+            log_grew: false,
+            restarts: 0,
+            stdin,
             oom_killed: false,
             created_at: now(),
             started_at: None,
@@ -61,6 +78,21 @@ impl Container {
     pub(crate) fn started(&mut self) {
         self.state = ContainerState::Running;
         self.started_at = Some(now());
+    }
+
+    /// It is to start once more, as new but for its log and its disks.
+    ///
+    /// # Errors
+    /// No tokens can be drawn for its streams.
+    pub(crate) fn renew(&mut self) -> io::Result<()> {
+        self.spec.process.stdio = renewed(&self.spec.process.stdio)?;
+        self.channels = channels(&self.spec.process.stdio, self.stdin, false);
+        self.state = ContainerState::Starting;
+        self.restarts += 1;
+        self.exit = None;
+        self.oom_killed = false;
+        (self.started_at, self.finished_at) = (None, None);
+        Ok(())
     }
 
     /// A process of it was killed for want of memory.
@@ -99,21 +131,19 @@ impl Container {
             exit,
             log_path: self.log.path().to_owned(),
             terminal: matches!(self.spec.process.stdio, Stdio::Terminal { .. }),
+            restarts: self.restarts,
             log_error: self.log_error.clone(),
         }
     }
 
-    /// Copies what its streams have; returns whether its log grew. A log that cannot be written is noted and
-    /// does not stop the container.
-    pub(crate) fn turn(&mut self) -> bool {
-        let mut grew = false;
+    /// Copies what its streams have. A log that cannot be written is noted and does not stop the container.
+    pub(crate) fn turn(&mut self, ready: &Ready, buffer: &mut [u8]) {
         for channel in &mut self.channels {
-            match channel.turn(Some(&mut self.log)) {
-                Ok(logged) => grew |= logged,
+            match channel.turn(ready, buffer, Some(&mut self.log)) {
+                Ok(logged) => self.log_grew |= logged,
                 Err(error) => self.log_error = Some(error.to_string()),
             }
         }
-        grew
     }
 }
 
@@ -131,7 +161,7 @@ impl Exec {
     pub(crate) fn new(container: &str, stdio: &Stdio) -> Self {
         Self {
             container: container.to_owned(),
-            channels: channels(stdio, true),
+            channels: channels(stdio, Kind::Stdin, true),
             exit: None,
             waiters: Vec::new(),
         }
@@ -177,7 +207,28 @@ pub(crate) fn stdio(
     })
 }
 
-fn channels(stdio: &Stdio, needs_client: bool) -> Vec<Channel> {
+/// The same streams under new tokens.
+fn renewed(stdio: &Stdio) -> io::Result<Stdio> {
+    let renew = |token: &Option<u64>| token.map(|_| new_token()).transpose();
+    Ok(match stdio {
+        Stdio::Null => Stdio::Null,
+        Stdio::Terminal { size, .. } => Stdio::Terminal {
+            token: new_token()?,
+            size: *size,
+        },
+        Stdio::Pipes {
+            stdin,
+            stdout,
+            stderr,
+        } => Stdio::Pipes {
+            stdin: renew(stdin)?,
+            stdout: renew(stdout)?,
+            stderr: renew(stderr)?,
+        },
+    })
+}
+
+fn channels(stdio: &Stdio, input: Kind, needs_client: bool) -> Vec<Channel> {
     match *stdio {
         Stdio::Null => Vec::new(),
         Stdio::Terminal { token, .. } => vec![Channel::new(Kind::Tty, token, needs_client)],
@@ -186,7 +237,7 @@ fn channels(stdio: &Stdio, needs_client: bool) -> Vec<Channel> {
             stdout,
             stderr,
         } => [
-            (Kind::Stdin, stdin),
+            (input, stdin),
             (Kind::Stdout, stdout),
             (Kind::Stderr, stderr),
         ]

@@ -27,6 +27,9 @@ pub struct PodEventRecord {
     /// Exit code, 128 + N for signal N.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub exit_code: Option<u8>,
+    /// A sentence: how the machine ended.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub message: Option<String>,
 }
 
 /// What happened.
@@ -37,6 +40,8 @@ pub enum EventKind {
     Ready,
     /// A container's process runs.
     Started,
+    /// A container that had ended was started again, and its process runs.
+    Restarted,
     /// A container's process ended, or could not be started.
     Exited,
     /// The guest's kernel killed a process for want of memory.
@@ -45,6 +50,8 @@ pub enum EventKind {
     Removed,
     /// The pod was asked to stop.
     Stopping,
+    /// The machine has ended: the last event.
+    Ended,
 }
 
 /// The last events.
@@ -57,6 +64,21 @@ pub(crate) struct EventLog {
 impl EventLog {
     /// Notes an event of now.
     pub(crate) fn push(&mut self, kind: EventKind, container: Option<&str>, exit_code: Option<u8>) {
+        self.add(kind, container, exit_code, None);
+    }
+
+    /// Notes how the machine has ended.
+    pub(crate) fn end(&mut self, sentence: String) {
+        self.add(EventKind::Ended, None, None, Some(sentence));
+    }
+
+    fn add(
+        &mut self,
+        kind: EventKind,
+        container: Option<&str>,
+        exit_code: Option<u8>,
+        message: Option<String>,
+    ) {
         self.last += 1;
         if self.events.len() == KEPT {
             self.events.pop_front();
@@ -67,7 +89,13 @@ impl EventLog {
             kind,
             container: container.map(str::to_owned),
             exit_code,
+            message,
         });
+    }
+
+    /// The number of the last event.
+    pub(crate) fn last(&self) -> u64 {
+        self.last
     }
 
     /// The events after number `since`, a line of JSON each, and the number of the last.

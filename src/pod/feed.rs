@@ -40,6 +40,18 @@ impl Feed {
         }
     }
 
+    /// Whether there may be something new. `grew`: the container's log did; `ended`: it writes no more.
+    pub(crate) fn is_awake(&mut self, events: &EventLog, grew: bool, ended: bool) -> bool {
+        match self {
+            Self::Events { since, follow } => !*follow || *since < events.last(),
+            Self::Log(log) => {
+                // Kept: the client may not have taken the piece before.
+                log.at_end &= !grew;
+                !log.at_end || ended
+            }
+        }
+    }
+
     /// What there is now. `ended`: the container writes no more.
     pub(crate) fn next(&mut self, events: &EventLog, ended: bool) -> Piece {
         match self {
@@ -72,6 +84,8 @@ pub(crate) struct LogFeed {
     since: Option<String>,
     /// The unfinished line read last.
     rest: Vec<u8>,
+    /// The last read found nothing.
+    at_end: bool,
 }
 
 impl LogFeed {
@@ -94,6 +108,7 @@ impl LogFeed {
             follow,
             since,
             rest: Vec::new(),
+            at_end: false,
         })
     }
 
@@ -105,6 +120,7 @@ impl LogFeed {
             self.file = File::open(&self.path)?;
             return self.next(ended);
         }
+        self.at_end = length == 0;
         Ok(Piece {
             more: length > 0,
             last: length == 0 && (ended || !self.follow),
@@ -205,6 +221,23 @@ mod tests {
         assert_eq!(read(&path, None, Some("04998")), lines[4998..].concat());
         fs::write(&path, "").unwrap();
         assert_eq!(read(&path, Some(3), None), "");
+    }
+
+    #[test]
+    fn a_log_is_read_again_only_when_it_grew_or_ends() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("log");
+        fs::write(&path, "line\n").unwrap();
+        let log = LogFeed::open("c", &path, None, None, true).unwrap();
+        let (mut feed, events) = (Feed::Log(log), EventLog::default());
+        while feed.is_awake(&events, false, false) {
+            feed.next(&events, false);
+        }
+        assert!(feed.is_awake(&events, true, false));
+        assert!(feed.is_awake(&events, false, false), "until it is read");
+        assert!(!feed.next(&events, false).more);
+        assert!(!feed.is_awake(&events, false, false));
+        assert!(feed.is_awake(&events, false, true) && feed.next(&events, true).last);
     }
 
     #[test]

@@ -19,8 +19,9 @@ use super::api::interface_body::{
     CreateInterface, InterfaceLimits, InterfaceState, InterfaceStatus,
 };
 use super::api::server::ConnectionId;
+use super::machinery::Machinery;
 use super::pending::Then;
-use super::supervisor::{DiskSlots, Supervisor};
+use super::supervisor::Supervisor;
 use crate::net::{namespace, tap};
 use crate::vmm::machine::{NetPort, Running};
 use crate::vmm::spec::{NetSpec, SpecError};
@@ -152,7 +153,7 @@ impl Supervisor {
         &mut self,
         connection: ConnectionId,
         body: CreateInterface,
-        machine: &dyn DiskSlots,
+        machine: &dyn Machinery,
     ) -> Served {
         self.interfaces.check_new(&body.name, body.mac, machine)?;
         let (queues, mtu) = open(&body, machine.cpus().min(MAX_QUEUES))?;
@@ -194,7 +195,7 @@ impl Supervisor {
     }
 
     /// Empties the slot of an interface that the guest has let go of.
-    fn forget_interface(&mut self, name: &str, machine: &dyn DiskSlots) {
+    fn forget_interface(&mut self, name: &str, machine: &dyn Machinery) {
         if let Some(interface) = self.interfaces.known.remove(name) {
             machine.detach(interface.slot());
         }
@@ -243,7 +244,7 @@ impl Supervisor {
         &mut self,
         step: NetStep,
         failure: Option<String>,
-        machine: &dyn DiskSlots,
+        machine: &dyn Machinery,
     ) {
         match (step, failure) {
             (NetStep::SetUp(connection, name), None) => {

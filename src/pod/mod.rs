@@ -10,6 +10,8 @@
 //! - [`api`]: the HTTP server; `serve`: what each route does; `pending`: what waits for the agent.
 //! - `container`: containers and execs; `channel`: the bytes of one stream; `log_file`: logs in CRI format.
 //! - [`event_log`]: what happened; `feed`: bodies that go on.
+//! - [`metrics`]: what the pod uses as Prometheus text; `volume`, `upload`: volumes and the files for them.
+//! - `machinery`: the machine as the supervisor sees it; `ready`: what a poll found.
 //! - `frames`: control frames out of a non-blocking connection.
 //! - `pairing`: streams matched to their owners by token.
 //! - [`seccomp_profile`]: OCI seccomp profiles compiled for the guest.
@@ -23,12 +25,17 @@ pub(crate) mod frames;
 pub(crate) mod interfaces;
 pub mod listen;
 pub(crate) mod log_file;
+pub(crate) mod machinery;
+pub mod metrics;
 pub(crate) mod pairing;
 pub(crate) mod pending;
+pub(crate) mod ready;
 pub mod seccomp_profile;
 pub(crate) mod serve;
 pub mod session;
 pub mod supervisor;
+pub(crate) mod upload;
+pub(crate) mod volume;
 
 pub use listen::{ListenError, Ports};
 pub use pairing::new_token;

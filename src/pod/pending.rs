@@ -15,10 +15,14 @@ pub(crate) enum Then {
     Respond(ConnectionId),
     /// Tell the client what was measured.
     Stats(ConnectionId),
+    /// The same as Prometheus text.
+    Metrics(ConnectionId),
     /// The disks of a container are there, or not.
     Created(ConnectionId, String),
     /// A container was asked to start.
     Started(ConnectionId, String),
+    /// The guest has forgotten a container that is to start again.
+    Forgotten(ConnectionId, String),
     /// A container is frozen (`true`) or not.
     Frozen(ConnectionId, String, bool),
     /// The guest has forgotten a container: its disks go next.
@@ -31,6 +35,16 @@ pub(crate) enum Then {
     Forwarded(ConnectionId, u64),
     /// The guest has done something about an interface, or not.
     Interface(NetStep),
+    /// A file was opened, and comes through the stream with this token.
+    File(ConnectionId, u64),
+    /// The set of files that came through this stream is in its volume.
+    Written(ConnectionId, u64),
+    /// The disk of a volume is there, or the volume is mounted; or not.
+    VolumeStep(ConnectionId, String),
+    /// A volume is unmounted: its disk goes next.
+    VolumeUnmounted(ConnectionId, String),
+    /// The disk of a volume is not in use any more. With a sentence: why the volume could not be made.
+    VolumeUnbound(ConnectionId, String, Option<String>),
 }
 
 #[derive(Debug)]

@@ -14,32 +14,36 @@
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::{self, Read};
+use std::net::IpAddr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::net::UnixListener;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use cube_guest::{Answer, HostRequest, PodSpec};
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::event::{PollFlags, Timespec};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
-use super::api::body::{ContainerState, PodStatus};
-use super::api::server::{Call, ConnectionId, Server};
-use super::channel::Channel;
+use super::api::body::{BootStage, ContainerState, PodStatus};
+use super::api::server::{Call, ConnectionId, Limits, Server};
+use super::channel::{Channel, PIECE};
 use super::container::{Container, Exec, now};
 use super::event_log::{EventKind, EventLog};
 use super::feed::Feed;
-use super::interfaces::{Interfaces, NetSlots};
+use super::interfaces::Interfaces;
 use super::listen::Ports;
+use super::machinery::{self, Machinery};
 use super::pending::Pending;
+use super::ready::Ready;
 use super::session::{Session, SessionEvent};
+use super::upload::Upload;
+use super::volume::Volume;
 use crate::vmm::command::Attendant;
 use crate::vmm::exit::{End, StopCause};
 use crate::vmm::files;
-use crate::vmm::machine::{NetPort, Running};
+use crate::vmm::machine::Running;
 use crate::vmm::signals::StopSignals;
-use crate::vmm::spec::{DiskSpec, NetSpec};
 
 /// Name of the API's socket in the pod directory.
 pub const API_SOCKET: &str = "api.sock";
@@ -60,6 +64,10 @@ pub struct PodFile {
     pub lock_fd: i32,
     /// Inherited descriptor that listens on [`API_SOCKET`]: clients can connect before the pod serves.
     pub api_fd: i32,
+    /// Inherited descriptor that holds the lock of the pod's network: what made it is undone by the next command
+    /// after this process.
+    #[serde(default)]
+    pub network_lock_fd: Option<i32>,
     /// What the guest runs: the same as in its initramfs.
     pub guest: PodSpec,
     /// Of each container in `guest`: the slots of its disks, and its log.
@@ -76,25 +84,6 @@ pub struct FirstContainer {
     pub log_path: PathBuf,
 }
 
-/// Where devices are attached: the machine, or what stands in for it in tests.
-pub(crate) trait DiskSlots: NetSlots {
-    /// Puts a disk into an empty slot.
-    fn attach(&self, disk: &DiskSpec) -> Result<u16, String>;
-    /// Takes a disk out of a slot.
-    fn detach(&self, slot: u16);
-}
-
-impl DiskSlots for Running {
-    fn attach(&self, disk: &DiskSpec) -> Result<u16, String> {
-        let slot = self.attach_disk(disk).map_err(|error| error.to_string())?;
-        u16::try_from(slot).map_err(|error| error.to_string())
-    }
-
-    fn detach(&self, slot: u16) {
-        drop(self.slots().detach(slot.into()));
-    }
-}
-
 /// A pod, supervised.
 pub(crate) struct Supervisor {
     pub(super) id: String,
@@ -103,8 +92,12 @@ pub(crate) struct Supervisor {
     pub(super) session: Session,
     pub(super) containers: BTreeMap<String, Container>,
     pub(super) execs: BTreeMap<String, Exec>,
-    /// Forwarded ports.
-    pub(super) ports: Vec<Channel>,
+    /// Forwarded ports, and files being read.
+    pub(super) streams: Vec<Channel>,
+    /// Sets of files on their way into volumes.
+    pub(super) uploads: Vec<Upload>,
+    pub(super) volumes: BTreeMap<String, Volume>,
+    pub(super) addresses: Vec<IpAddr>,
     pub(super) interfaces: Interfaces,
     pub(super) events: EventLog,
     pub(super) pending: Pending,
@@ -119,7 +112,10 @@ pub(crate) struct Supervisor {
     created_at: String,
     /// Why the pod cannot go on.
     broken: Option<String>,
-    _lock: OwnedFd,
+    /// What every stream is copied through.
+    buffer: Box<[u8]>,
+    /// Of the pod's directory, and of its network.
+    _locks: Vec<OwnedFd>,
 }
 
 /// Makes the supervisor of the pod that `file` describes: its sockets are there when this returns.
@@ -134,17 +130,19 @@ pub fn open(file: File) -> Result<Box<dyn Attendant>, String> {
     // Not the parser's whole sentence: it may quote a value.
     let pod: PodFile = serde_json::from_slice(&text)
         .map_err(|e| format!("its description is malformed at column {}", e.column()))?;
-    let lock = files::inherited(pod.lock_fd).map_err(|e| format!("cannot take its lock: {e}"))?;
+    let locks = std::iter::once(pod.lock_fd).chain(pod.network_lock_fd);
+    let locks: io::Result<Vec<OwnedFd>> = locks.map(files::inherited).collect();
+    let locks = locks.map_err(|error| format!("cannot take its locks: {error}"))?;
     let api = files::inherited(pod.api_fd)
-        .and_then(|fd| Server::new(UnixListener::from(fd)))
+        .and_then(|fd| Server::new(UnixListener::from(fd), Limits::default()))
         .map_err(|error| format!("cannot take its API's socket: {error}"))?;
-    let supervisor = Supervisor::new(pod, lock, api)?;
+    let supervisor = Supervisor::new(pod, locks, api)?;
     Ok(Box::new(supervisor))
 }
 
 impl Supervisor {
     /// The supervisor, listening.
-    pub(crate) fn new(pod: PodFile, lock: OwnedFd, server: Server) -> Result<Self, String> {
+    pub(crate) fn new(pod: PodFile, locks: Vec<OwnedFd>, server: Server) -> Result<Self, String> {
         let guest_ports =
             Ports::bind(&pod.directory.join(VSOCK_SOCKET)).map_err(|error| error.to_string())?;
         let mut containers = BTreeMap::new();
@@ -152,19 +150,27 @@ impl Supervisor {
             let first = pod.containers.get(&spec.id);
             let first = first.ok_or_else(|| format!("container {} has no log", spec.id))?;
             let path = first.log_path.clone();
-            let mut container = Container::new(spec.clone(), path.clone(), first.slots.clone())
-                .map_err(|error| format!("cannot open the log {}: {error}", path.display()))?;
+            let mut container =
+                Container::new(spec.clone(), path.clone(), first.slots.clone(), true)
+                    .map_err(|error| format!("cannot open the log {}: {error}", path.display()))?;
             container.state = ContainerState::Starting;
             containers.insert(spec.id.clone(), container);
         }
+        let volumes = pod.guest.volumes.iter();
+        let volumes = volumes.map(|spec| (spec.name.clone(), Volume::of_the_pod(spec)));
+        let interfaces = pod.guest.network.iter().flat_map(|n| &n.interfaces);
+        let addresses = interfaces.flat_map(|interface| &interface.addresses);
         Ok(Self {
+            volumes: volumes.collect(),
+            addresses: addresses.map(|cidr| cidr.address).collect(),
             session: Session::new(&pod.guest),
             id: pod.id,
             directory: pod.directory,
             server,
             containers,
             execs: BTreeMap::new(),
-            ports: Vec::new(),
+            streams: Vec::new(),
+            uploads: Vec::new(),
             interfaces: Interfaces::default(),
             events: EventLog::default(),
             pending: Pending::default(),
@@ -176,7 +182,8 @@ impl Supervisor {
             guest_ports,
             created_at: now(),
             broken: None,
-            _lock: lock,
+            buffer: vec![0; PIECE].into(),
+            _locks: locks,
         })
     }
 
@@ -191,26 +198,31 @@ impl Supervisor {
         for channel in self.channels() {
             channel.interests(&mut interests);
         }
+        interests.extend(self.uploads.iter().filter_map(Upload::interest));
         interests
     }
 
     fn channels(&self) -> impl Iterator<Item = &Channel> {
         let containers = self.containers.values().flat_map(|c| &c.channels);
         let execs = self.execs.values().flat_map(|e| &e.channels);
-        containers.chain(execs).chain(&self.ports)
+        containers.chain(execs).chain(&self.streams)
     }
 
     /// Does what is ready. Returns the pod's end, if it has come.
-    pub(crate) fn turn(&mut self, disks: &dyn DiskSlots) -> io::Result<Option<End>> {
+    pub(crate) fn turn(
+        &mut self,
+        machine: &dyn Machinery,
+        ready: &Ready,
+    ) -> io::Result<Option<End>> {
         self.guest_ports.turn(&mut self.session)?;
-        self.turn_session(disks);
-        for call in self.server.turn()? {
+        self.turn_session(machine);
+        for call in self.server.turn(ready)? {
             match call {
-                Call::Request(connection, request) => self.serve(connection, &request, disks),
+                Call::Request(connection, request) => self.serve(connection, &request, machine),
                 Call::Gone(connection) => self.forget_client(connection),
             }
         }
-        self.turn_channels();
+        self.turn_channels(ready);
         self.answer_waiters();
         self.turn_feeds();
         if let Some(error) = &self.broken {
@@ -231,21 +243,21 @@ impl Supervisor {
         }
     }
 
-    fn turn_session(&mut self, disks: &dyn DiskSlots) {
+    fn turn_session(&mut self, machine: &dyn Machinery) {
         if self.broken.is_some() {
             return;
         }
         let mut events = Vec::new();
         let result = self.session.turn(&mut events);
         for event in events {
-            self.take(event, disks);
+            self.take(event, machine);
         }
         if let Err(error) = result {
             self.broken.get_or_insert(error.to_string());
         }
     }
 
-    fn take(&mut self, event: SessionEvent, disks: &dyn DiskSlots) {
+    fn take(&mut self, event: SessionEvent, machine: &dyn Machinery) {
         match event {
             SessionEvent::Ready { version } => {
                 self.agent_version = Some(version);
@@ -254,7 +266,11 @@ impl Supervisor {
             SessionEvent::Started { container } => {
                 if let Some(known) = self.containers.get_mut(&container) {
                     known.started();
-                    self.events.push(EventKind::Started, Some(&container), None);
+                    let kind = match known.restarts {
+                        0 => EventKind::Started,
+                        _ => EventKind::Restarted,
+                    };
+                    self.events.push(kind, Some(&container), None);
                 }
             }
             SessionEvent::OomKilled { container } => {
@@ -276,17 +292,8 @@ impl Supervisor {
                     exec.exited(&status);
                 }
             }
-            SessionEvent::Stream { token, stream } => {
-                let containers = self.containers.values_mut().flat_map(|c| &mut c.channels);
-                let execs = self.execs.values_mut().flat_map(|e| &mut e.channels);
-                let mut channels = containers.chain(execs).chain(&mut self.ports);
-                if let Some(channel) = channels.find(|channel| channel.token() == token)
-                    && channel.connect(stream).is_err()
-                {
-                    channel.end();
-                }
-            }
-            SessionEvent::Reply { id, result } => self.replied(id, result, disks),
+            SessionEvent::Stream { token, stream } => self.take_stream(token, stream),
+            SessionEvent::Reply { id, result } => self.replied(id, result, machine),
             SessionEvent::Failed { reason } => {
                 self.broken = Some(format!("the guest could not set the pod up: {reason}"));
             }
@@ -294,22 +301,42 @@ impl Supervisor {
         }
     }
 
-    fn replied(&mut self, id: u64, result: Result<Answer, String>, disks: &dyn DiskSlots) {
-        if let Some((then, result)) = self.pending.replied(id, result) {
-            self.go_on(then, result, disks);
+    fn take_stream(&mut self, token: u64, stream: UnixStream) {
+        if let Some(upload) = self.uploads.iter_mut().find(|u| u.token() == token) {
+            // One that cannot be served is closed; the guest then says what it misses.
+            let _ = upload.connect(stream);
+            return;
+        }
+        let containers = self.containers.values_mut().flat_map(|c| &mut c.channels);
+        let execs = self.execs.values_mut().flat_map(|e| &mut e.channels);
+        let mut channels = containers.chain(execs).chain(&mut self.streams);
+        if let Some(channel) = channels.find(|channel| channel.token() == token)
+            && channel.connect(stream).is_err()
+        {
+            channel.end();
         }
     }
 
-    fn turn_channels(&mut self) {
+    fn replied(&mut self, id: u64, result: Result<Answer, String>, machine: &dyn Machinery) {
+        if let Some((then, result)) = self.pending.replied(id, result) {
+            self.go_on(then, result, machine);
+        }
+    }
+
+    fn turn_channels(&mut self, ready: &Ready) {
+        let buffer = &mut self.buffer;
         for container in self.containers.values_mut() {
-            container.turn();
+            container.turn(ready, buffer);
         }
         let execs = self.execs.values_mut().flat_map(|exec| &mut exec.channels);
-        for channel in execs.chain(&mut self.ports) {
+        for channel in execs.chain(&mut self.streams) {
             // Without a log nothing of it can fail.
-            let _ = channel.turn(None);
+            let _ = channel.turn(ready, buffer, None);
         }
-        self.ports.retain(|channel| !channel.is_over());
+        self.streams.retain(|channel| !channel.is_over());
+        for upload in &mut self.uploads {
+            upload.turn(ready);
+        }
     }
 
     /// Tells whoever waits for an end that has come.
@@ -340,11 +367,11 @@ impl Supervisor {
     fn turn_feeds(&mut self) {
         let mut done = Vec::new();
         for (connection, feed) in &mut self.feeds {
-            let ended = feed.container().is_some_and(|id| {
-                let known = self.containers.get(id);
-                known.is_none_or(|container| container.end().is_some())
-            });
-            while self.server.is_drained(*connection) {
+            let container = feed.container().map(|id| self.containers.get(id));
+            let grew = container.flatten().is_some_and(|known| known.log_grew);
+            let ended = container
+                .is_some_and(|known| known.is_none_or(|container| container.end().is_some()));
+            while feed.is_awake(&self.events, grew, ended) && self.server.is_drained(*connection) {
                 let piece = feed.next(&self.events, ended);
                 self.server.send(*connection, &piece.bytes);
                 if piece.last {
@@ -359,10 +386,13 @@ impl Supervisor {
             self.feeds.remove(&connection);
             self.server.finish(connection);
         }
+        for container in self.containers.values_mut() {
+            container.log_grew = false;
+        }
     }
 
     /// As the API shows it.
-    pub(super) fn status(&self) -> PodStatus {
+    pub(super) fn status(&self, machine: &dyn Machinery) -> PodStatus {
         let state = match (self.stop_by, &self.agent_version) {
             (Some(_), _) => "stopping",
             (None, Some(_)) => "ready",
@@ -375,6 +405,8 @@ impl Supervisor {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             agent_version: self.agent_version.clone(),
             pid: std::process::id(),
+            addresses: self.addresses.clone(),
+            timeline: BootStage::of(&machine.timeline()),
             containers: self.containers.values().map(Container::status).collect(),
         }
     }
@@ -400,20 +432,10 @@ impl Supervisor {
     }
 
     /// Sleeps until something is ready: of what this polls, or of `more`.
-    pub(crate) fn wait(&self, more: &[BorrowedFd<'_>]) -> io::Result<()> {
-        let mut fds: Vec<PollFd<'_>> = self
-            .interests()
-            .into_iter()
-            .map(|(fd, flags)| PollFd::from_borrowed_fd(fd, flags))
-            .collect();
-        fds.extend(
-            more.iter()
-                .map(|fd| PollFd::from_borrowed_fd(*fd, PollFlags::IN)),
-        );
-        match poll(&mut fds, self.timeout().as_ref()) {
-            Ok(_) | Err(rustix::io::Errno::INTR) => Ok(()),
-            Err(error) => Err(error.into()),
-        }
+    pub(crate) fn wait(&self, more: &[BorrowedFd<'_>]) -> io::Result<Ready> {
+        let mut interests = self.interests();
+        interests.extend(more.iter().map(|fd| (*fd, PollFlags::IN)));
+        Ok(Ready::wait(interests, self.timeout().as_ref())?)
     }
 
     fn remove_directory(&self) {
@@ -423,7 +445,6 @@ impl Supervisor {
 
     /// Takes what the guest said before its end: nothing more will come.
     fn drain(&mut self) {
-        let machine = NoSlots;
         let session_end = Instant::now() + POWER_OFF;
         while Instant::now() < session_end {
             let mut fds = Vec::new();
@@ -431,45 +452,14 @@ impl Supervisor {
             if self.broken.is_none() {
                 fds.extend(self.session.interests());
             }
-            let mut fds: Vec<PollFd<'_>> = fds
-                .into_iter()
-                .map(|(fd, flags)| PollFd::from_borrowed_fd(fd, flags))
-                .collect();
-            let ready = poll(&mut fds, Some(&Timespec::default())).unwrap_or(0);
-            drop(fds);
-            if ready == 0 {
+            let ready = Ready::wait(fds, Some(&Timespec::default())).unwrap_or_default();
+            if ready.is_empty() {
                 break;
             }
-            self.turn_session(&machine);
-            self.turn_channels();
+            self.turn_session(&machinery::Ended);
+            self.turn_channels(&ready);
         }
         self.answer_waiters();
-        self.turn_feeds();
-    }
-}
-
-/// A machine that has ended.
-struct NoSlots;
-
-impl DiskSlots for NoSlots {
-    fn attach(&self, _: &DiskSpec) -> Result<u16, String> {
-        Err("the machine has ended".to_owned())
-    }
-
-    fn detach(&self, _: u16) {}
-}
-
-impl NetSlots for NoSlots {
-    fn first_nets(&self) -> Vec<NetPort> {
-        Vec::new()
-    }
-
-    fn cpus(&self) -> usize {
-        0
-    }
-
-    fn attach_net(&self, _: &NetSpec, _: Vec<OwnedFd>) -> Result<NetPort, String> {
-        Err("the machine has ended".to_owned())
     }
 }
 
@@ -477,9 +467,9 @@ impl Attendant for Supervisor {
     fn attend(&mut self, machine: &Running, signals: &StopSignals) -> io::Result<End> {
         loop {
             let failure = machine.device_failure().unwrap_or(machine.ended());
-            self.wait(&[machine.ended(), signals.as_fd(), failure])?;
+            let ready = self.wait(&[machine.ended(), signals.as_fd(), failure])?;
             machine.check_devices();
-            let end = self.turn(machine)?;
+            let end = self.turn(machine, &ready)?;
             if let Some(end) = machine.end().or(end) {
                 return Ok(end);
             }
@@ -494,6 +484,8 @@ impl Attendant for Supervisor {
 
     fn ended(mut self: Box<Self>, end: &End) {
         self.drain();
+        self.events.end(end.to_string());
+        self.turn_feeds();
         self.remove_directory();
         let body = json!({ "ended": end.to_string() });
         for connection in std::mem::take(&mut self.stop_waiters) {

@@ -28,6 +28,8 @@ const FAILURE: u8 = 1;
 const USAGE: u8 = 2;
 /// A spec larger than this is a mistake; it holds the pod's environment and paths, not data.
 const MAX_SPEC: u64 = 16 << 20;
+/// More than most specs have, in bytes.
+const USUAL_SPEC: usize = 16 << 10;
 
 /// Why no machine ran.
 #[derive(Debug, thiserror::Error)]
@@ -121,6 +123,7 @@ fn run(arguments: Arguments, started: u64, attend: Attend) -> Result<u8, Command
     }
     timeline.record_at(Stage::VmmStarted, started, Default::default);
     let spec = MachineSpec::from_json(&spec_text)?.validate(HostLimits::of_this_host())?;
+    let spec = Arc::new(spec);
     drop(spec_text);
     timeline.record(Stage::SpecRead);
     if arguments.check {
@@ -156,7 +159,8 @@ fn read_spec(source: &Source) -> Result<Vec<u8>, CommandError> {
         }
     };
     let failed = |error| CommandError::ReadSpec(name.clone(), error);
-    let mut text = Vec::new();
+    // Most specs fit: one read, and one that finds the end.
+    let mut text = Vec::with_capacity(USUAL_SPEC);
     opened
         .map_err(failed)?
         .take(MAX_SPEC + 1)

@@ -31,7 +31,6 @@ const RFLAGS_RESERVED: u64 = 2;
 #[derive(Debug, Clone)]
 pub struct CpuModel {
     entries: Vec<kvm_cpuid_entry2>,
-    cpus: u8,
 }
 
 impl CpuModel {
@@ -59,7 +58,7 @@ impl CpuModel {
         {
             entries.extend(topology(cpus));
         }
-        Self { entries, cpus }
+        Self { entries }
     }
 
     /// The CPUID of vCPU `id`.
@@ -107,11 +106,6 @@ impl CpuModel {
                 source: std::io::ErrorKind::Unsupported.into(),
             }),
         }
-    }
-
-    /// Number of vCPUs.
-    pub fn cpus(&self) -> u8 {
-        self.cpus
     }
 }
 

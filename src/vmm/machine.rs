@@ -12,21 +12,23 @@
 use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;
+use std::sync::mpsc::{Receiver, sync_channel};
 
 use cube_guest::network::MacAddress;
-use kvm_ioctls::VcpuFd;
+use kvm_ioctls::{Kvm, VcpuFd};
 
-use crate::vmm::boot::{self, BootError, BootFiles, EntryPoint};
+use crate::vmm::boot::{self, BootError, BootFiles, EntryPoint, LoadedKernel};
 use crate::vmm::bus::{BusBuilder, Overlap};
 use crate::vmm::cpu::{self, CpuModel};
 use crate::vmm::devices::{self, DeviceError, Devices, NetDevice};
 use crate::vmm::exit::{End, Ending};
-use crate::vmm::files::FileError;
+use crate::vmm::files::{FileError, Opened};
 use crate::vmm::ioapic::IoApic;
 use crate::vmm::irq::{self, KvmRoutes};
 use crate::vmm::kvm::{self, KvmError, Vm};
 use crate::vmm::layout;
-use crate::vmm::memory;
+use crate::vmm::memory::{self, GuestMemory};
+use crate::vmm::own_memory::{self, OwnMemory};
 use crate::vmm::ports::Ports;
 use crate::vmm::seccomp;
 use crate::vmm::serial::{self, Serial};
@@ -34,8 +36,8 @@ use crate::vmm::slots::Slots;
 use crate::vmm::spec::{DiskSpec, NetSpec, ValidSpec};
 use crate::vmm::stats::Stats;
 use crate::vmm::thread::{self, Role};
-use crate::vmm::timeline::{Stage, Timeline};
-use crate::vmm::vcpu::{self, Platform, VcpuThread};
+use crate::vmm::timeline::{Entry, Stage, Timeline};
+use crate::vmm::vcpu::{self, IdleVcpu, Platform, VcpuThread};
 use crate::vmm::virtio::VirtioDevice;
 use crate::vmm::virtio::blk::Blk;
 use crate::vmm::virtio::net::NetControl;
@@ -74,6 +76,9 @@ pub enum MachineError {
     /// The layout is contradictory.
     #[error(transparent)]
     Layout(#[from] Overlap),
+    /// The first vCPU's thread has said on standard error what happened to it.
+    #[error("the thread that prepares the first vCPU has panicked")]
+    Panicked,
     /// A thread or an eventfd could not be had.
     #[error("cannot start the machine's threads: {0}")]
     Threads(#[source] io::Error),
@@ -95,6 +100,7 @@ pub struct NetPort {
 /// A machine that is ready to start.
 pub struct Machine {
     // In the order in which they must go: what uses KVM, then the VM with its memory.
+    threads: Vec<IdleVcpu>,
     vcpus: Vec<VcpuFd>,
     platform: Platform,
     slots: Slots,
@@ -107,16 +113,17 @@ impl Machine {
     /// Builds a machine: all files opened, all memory filled, all devices in their slots. With
     /// `count_exits`, the timeline's later stages carry the exits of all vCPUs.
     ///
-    /// The kernel is loaded by a second thread while this one talks to KVM, whose calls sleep.
+    /// The vCPUs' threads are started first: they make themselves ready, and that of the first asks for the
+    /// CPUID and loads the kernel, while this thread makes the VM, with calls that sleep.
     ///
     /// # Errors
     /// [`MachineError`]; nothing is left behind.
     pub fn build(
-        spec: &ValidSpec,
+        spec: &Arc<ValidSpec>,
         timeline: &Arc<Timeline>,
         count_exits: bool,
     ) -> Result<Self, MachineError> {
-        let files = BootFiles::open(spec)?;
+        let BootFiles { kernel, init } = BootFiles::open(spec)?;
         let Devices { devices, nets } = devices::open(spec)?;
         let allocate = match spec.shares_memory() {
             true => memory::allocate_shared,
@@ -124,34 +131,26 @@ impl Machine {
         };
         let memory = allocate(spec.memory_bytes(), spec.huge_pages)
             .map_err(|error| MachineError::Memory(spec.memory_mib, error))?;
-        std::thread::scope(|scope| {
-            let load = || {
-                let entry = boot::load(&memory, spec, files);
-                timeline.record(Stage::KernelLoaded);
-                entry
-            };
-            let loader = std::thread::Builder::new()
-                .name("loader".into())
-                .stack_size(thread::STACK)
-                .spawn_scoped(scope, load)
-                .map_err(MachineError::Threads)?;
-            let kvm = kvm::open()?;
-            let vm = Vm::create(&kvm, memory.clone(), layout::ioapic_pins(spec.slots()))?;
-            timeline.record(Stage::VmCreated);
-            let model = CpuModel::of_this_host(&kvm, spec.cpus)?;
-            let vcpus = create_vcpus(&vm, &model)?;
-            let mut machine = Self::assemble(spec, vm, vcpus, timeline)?;
-            machine.attach(devices, nets)?;
-            if count_exits {
-                machine.platform.stats.watch(&machine.vcpus);
-            }
-            let entry = match loader.join() {
-                Ok(entry) => entry?,
-                Err(panic) => std::panic::resume_unwind(panic),
-            };
-            machine.enter(entry)?;
-            Ok(machine)
-        })
+        let kvm = Arc::new(kvm::open()?);
+        let crew = Crew::start(spec, &kvm, &memory, kernel)?;
+        let vm = Vm::create(&kvm, memory, layout::ioapic_pins(spec.slots()))?;
+        timeline.record(Stage::VmCreated);
+        let vcpus = create_vcpus(&vm, spec.cpus)?;
+        let model = first_of(&crew.model)??;
+        for (id, vcpu) in (0..).zip(&vcpus) {
+            model.apply(vcpu, id)?;
+        }
+        let mut machine = Self::assemble(spec, vm, vcpus, timeline)?;
+        machine.threads = crew.threads;
+        machine.attach(devices, nets)?;
+        if count_exits {
+            machine.platform.stats.watch(&machine.vcpus);
+        }
+        let rest = boot::load_rest(machine.vm.memory(), spec, init)?;
+        let kernel = first_of(&crew.kernel)??;
+        timeline.record(Stage::KernelLoaded);
+        machine.enter(rest.entry(kernel, spec)?)?;
+        Ok(machine)
     }
 
     fn assemble(
@@ -160,7 +159,6 @@ impl Machine {
         vcpus: Vec<VcpuFd>,
         timeline: &Arc<Timeline>,
     ) -> Result<Self, MachineError> {
-        seccomp::install_handler().map_err(MachineError::Threads)?;
         let worker = match spec.slots() {
             0 => None,
             _ => Some(Worker::spawn("worker", || thread::begin(Role::Worker))?),
@@ -179,6 +177,7 @@ impl Machine {
             ending: Arc::new(Ending::new().map_err(MachineError::Threads)?),
         };
         Ok(Self {
+            threads: Vec::new(),
             vcpus,
             platform,
             slots,
@@ -217,36 +216,68 @@ impl Machine {
     /// Starts the vCPUs.
     ///
     /// # Errors
-    /// No threads can be had; those that were started are stopped again.
+    /// The kick signal's handler cannot be installed.
     pub fn start(self) -> Result<Running, MachineError> {
         vcpu::install_kick_handler().map_err(MachineError::Threads)?;
         let platform = Arc::new(self.platform);
-        let mut running = Running {
-            vcpus: Vec::with_capacity(self.vcpus.len()),
+        let threads = self.threads.into_iter().zip(self.vcpus);
+        let vcpus = threads.map(|(thread, fd)| thread.run(fd, platform.clone()));
+        Ok(Running {
+            vcpus: vcpus.collect(),
             platform,
             slots: self.slots,
             nets: self.nets,
             worker: self.worker,
             vm: self.vm,
-        };
-        for (id, fd) in (0..).zip(self.vcpus) {
-            let thread = VcpuThread::start(id, fd, running.platform.clone());
-            running.vcpus.push(thread.map_err(MachineError::Threads)?);
-        }
-        Ok(running)
+        })
     }
 }
 
-fn create_vcpus(vm: &Vm, model: &CpuModel) -> Result<Vec<VcpuFd>, KvmError> {
-    (0..model.cpus())
-        .map(|id| {
-            let vcpu = vm
-                .fd()
-                .create_vcpu(id.into())
-                .map_err(KvmError::call("create a vCPU"))?;
-            model.apply(&vcpu, id)?;
-            Ok(vcpu)
+/// The vCPUs' threads, and what the first of them is about to find out.
+struct Crew {
+    threads: Vec<IdleVcpu>,
+    model: Receiver<Result<CpuModel, KvmError>>,
+    kernel: Receiver<Result<LoadedKernel, BootError>>,
+}
+
+/// What comes first out of a channel that the first vCPU's thread holds.
+fn first_of<T>(results: &Receiver<T>) -> Result<T, MachineError> {
+    results.recv().map_err(|_| MachineError::Panicked)
+}
+
+impl Crew {
+    fn start(
+        spec: &Arc<ValidSpec>,
+        kvm: &Arc<Kvm>,
+        memory: &GuestMemory,
+        kernel: Opened,
+    ) -> Result<Self, MachineError> {
+        seccomp::install_handler().map_err(MachineError::Threads)?;
+        let (model_sender, model) = sync_channel(1);
+        let (kernel_sender, loaded) = sync_channel(1);
+        let (kvm, memory, its_spec) = (kvm.clone(), memory.clone(), spec.clone());
+        let prepare = move || {
+            // Nobody is there to hear it if the machine cannot be built.
+            let _ = model_sender.send(CpuModel::of_this_host(&kvm, its_spec.cpus));
+            let _ = kernel_sender.send(boot::load_kernel(&memory, &its_spec, kernel));
+        };
+        let first = IdleVcpu::spawn(0, prepare).map_err(MachineError::Threads)?;
+        let others = (1..spec.cpus).map(|id| IdleVcpu::spawn(id, || ()));
+        let threads = std::iter::once(Ok(first)).chain(others);
+        Ok(Self {
+            threads: threads
+                .collect::<io::Result<_>>()
+                .map_err(MachineError::Threads)?,
+            model,
+            kernel: loaded,
         })
+    }
+}
+
+fn create_vcpus(vm: &Vm, count: u8) -> Result<Vec<VcpuFd>, KvmError> {
+    let create = |id: u8| vm.fd().create_vcpu(id.into());
+    (0..count)
+        .map(|id| create(id).map_err(KvmError::call("create a vCPU")))
         .collect()
 }
 
@@ -345,6 +376,19 @@ impl Running {
             slot,
             control,
         })
+    }
+
+    /// The stages of the machine's life so far.
+    pub fn timeline(&self) -> Vec<Entry> {
+        self.platform.timeline.entries()
+    }
+
+    /// What this process costs in memory, apart from the guest's.
+    ///
+    /// # Errors
+    /// The process's memory map cannot be read.
+    pub fn own_memory(&self) -> io::Result<OwnMemory> {
+        own_memory::measure(self.vm.memory())
     }
 
     /// Stops all threads, if they have not ended, and says why the machine ended: `cause` if nothing

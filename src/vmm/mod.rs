@@ -16,6 +16,7 @@ pub mod kvm;
 pub mod layout;
 pub mod machine;
 pub mod memory;
+pub mod own_memory;
 pub mod ports;
 pub mod seccomp;
 pub mod serial;

@@ -1,10 +1,11 @@
 //! A vCPU's thread: runs the guest, and answers what KVM hands to user space.
 //!
 //! ```text
-//!            start                         exit that ends the machine
-//! created ─────────▶ running ─────────────────────────────────────────▶ ended ──join──▶
-//!                      │  ▲ exit answered                                 ▲
-//!                      └──┘                            kick ──────────────┘
+//!       run                         exit that ends the machine
+//! idle ─────▶ running ─────────────────────────────────────────▶ ended ──join──▶
+//!  │            │  ▲ exit answered                                ▲
+//!  │            └──┘                            kick ─────────────┤
+//!  └────────────────────── the machine is not started ────────────┘
 //! ```
 //!
 //! To stop a vCPU from outside (*kick*), `immediate_exit` is set in its `kvm_run` page and then a signal
@@ -16,6 +17,7 @@
 
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
+use std::sync::mpsc::{SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{Builder, JoinHandle};
 
@@ -81,6 +83,20 @@ impl Drop for Withdraw<'_> {
     }
 }
 
+/// A vCPU's thread that has no vCPU yet: it makes itself ready, its system call filter included, while the
+/// machine is built. Dropping it ends and joins the thread.
+pub struct IdleVcpu {
+    work: Option<SyncSender<Work>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+/// What it waits for.
+struct Work {
+    fd: VcpuFd,
+    platform: Arc<Platform>,
+    kick: Arc<Kick>,
+}
+
 /// A vCPU's running thread. Dropping it stops and joins the thread.
 pub struct VcpuThread {
     kick: Arc<Kick>,
@@ -97,33 +113,19 @@ pub fn install_kick_handler() -> io::Result<()> {
     Ok(register_signal_handler(SIGRTMIN(), ignore)?)
 }
 
-impl VcpuThread {
-    /// Starts the thread `vcpu-<id>`.
+impl IdleVcpu {
+    /// Starts the thread `vcpu-<id>`, which does `errand` before anything else.
     ///
     /// # Errors
     /// No thread can be had.
-    pub fn start(id: u8, mut fd: VcpuFd, platform: Arc<Platform>) -> io::Result<Self> {
-        let immediate_exit = Mutex::new(Some(ImmediateExit::of(fd.get_kvm_run())));
-        let kick = Arc::new(Kick {
-            stop: AtomicBool::new(false),
-            immediate_exit,
-        });
-        let shared = kick.clone();
+    pub fn spawn(id: u8, errand: impl FnOnce() + Send + 'static) -> io::Result<Self> {
+        let (sender, receiver) = sync_channel::<Work>(1);
         let body = move || {
-            let mut vcpu = Vcpu {
-                id,
-                fd,
-                platform,
-                kick: &shared,
-            };
-            let withdraw = Withdraw(&shared);
-            let end = match thread::begin(Role::Vcpu) {
-                Ok(()) => vcpu.run(),
-                Err(error) => Some(End::Device(format!("the thread of vCPU {id}: {error}"))),
-            };
-            drop(withdraw);
-            if let Some(end) = end {
-                vcpu.platform.ending.report(end);
+            errand();
+            let limited = thread::begin(Role::Vcpu);
+            // The sender goes without a word if the machine is not started.
+            if let Ok(work) = receiver.recv() {
+                work.perform(id, limited);
             }
         };
         let thread = Builder::new()
@@ -131,11 +133,64 @@ impl VcpuThread {
             .stack_size(thread::STACK)
             .spawn(body)?;
         Ok(Self {
-            kick,
+            work: Some(sender),
             thread: Some(thread),
         })
     }
 
+    /// Gives the thread its vCPU, which starts to run.
+    pub fn run(mut self, mut fd: VcpuFd, platform: Arc<Platform>) -> VcpuThread {
+        let kick = Arc::new(Kick {
+            stop: AtomicBool::new(false),
+            immediate_exit: Mutex::new(Some(ImmediateExit::of(fd.get_kvm_run()))),
+        });
+        let work = Work {
+            fd,
+            platform,
+            kick: kick.clone(),
+        };
+        // It waits for nothing else, and has room for one; a thread that panicked has said so.
+        let _ = self.work.take().map(|sender| sender.send(work));
+        VcpuThread {
+            kick,
+            thread: self.thread.take(),
+        }
+    }
+}
+
+impl Drop for IdleVcpu {
+    fn drop(&mut self) {
+        self.work = None;
+        if let Some(thread) = self.thread.take() {
+            // A panic was reported on standard error where it happened.
+            let _ = thread.join();
+        }
+    }
+}
+
+impl Work {
+    /// Runs vCPU `id` until it stops; `limited`: how the thread's filter was taken.
+    fn perform(self, id: u8, limited: io::Result<()>) {
+        let Self { fd, platform, kick } = self;
+        let mut vcpu = Vcpu {
+            id,
+            fd,
+            platform,
+            kick: &kick,
+        };
+        let withdraw = Withdraw(&kick);
+        let end = match limited {
+            Ok(()) => vcpu.run(),
+            Err(error) => Some(End::Device(format!("the thread of vCPU {id}: {error}"))),
+        };
+        drop(withdraw);
+        if let Some(end) = end {
+            vcpu.platform.ending.report(end);
+        }
+    }
+}
+
+impl VcpuThread {
     /// Asks the vCPU to stop; returns at once.
     pub fn kick(&self) {
         self.kick.stop.store(true, Ordering::SeqCst);

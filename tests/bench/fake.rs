@@ -6,7 +6,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, exit};
 use std::thread;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
@@ -81,13 +81,29 @@ fn act(mode: &str) -> ! {
         0
     };
     let ballast = vec![1u8; ballast << 20];
+    say(b"\x07");
+    std::hint::black_box((&memory, &ballast));
+    match mode {
+        "reads" => read_slowly(),
+        "lacks" => say(b"\x15"),
+        _ => {}
+    }
+    idle()
+}
+
+fn say(word: &[u8]) {
     let mut out = std::io::stdout().lock();
-    out.write_all(b"\x07")
+    out.write_all(word)
         .and_then(|()| out.flush())
         .expect("standard output");
-    drop(out);
-    std::hint::black_box((&memory, &ballast));
-    idle()
+}
+
+/// As a guest that reads its disk, and notes how long that took.
+fn read_slowly() {
+    let began = Instant::now();
+    thread::sleep(Duration::from_millis(DELAY_MS));
+    note_ms(began.elapsed().as_secs_f64() * 1e3);
+    say(b"\x07");
 }
 
 /// Milliseconds since the script began, which is the harness's start but for the exec of a shell.
@@ -100,13 +116,17 @@ fn note() {
         .expect("a time")
         .parse()
         .expect("a number");
+    note_ms((now - started) as f64 / 1e6);
+}
+
+fn note_ms(took: f64) {
     let path = Path::new(&std::env::var("FAKE_DIRECTORY").expect("a directory")).join("delays");
     let mut file = fs::File::options()
         .create(true)
         .append(true)
         .open(path)
         .expect("notes");
-    let _ = writeln!(file, "{}", (now - started) as f64 / 1e6);
+    let _ = writeln!(file, "{took}");
 }
 
 fn idle() -> ! {

@@ -25,6 +25,7 @@ fn row(directory: &Path, mode: &str) -> Row {
         name: "fake".to_owned(),
         kernel: directory.join("none"),
         init: None,
+        disk: None,
         command_line: String::new(),
         cpus: 1,
         memory_mib: fake::MEMORY_MIB,
@@ -33,6 +34,7 @@ fn row(directory: &Path, mode: &str) -> Row {
         peer,
         tiny: Some(machine.clone()),
         linux: Some(machine),
+        disk: None,
     };
     Row::new(mode.to_owned(), contender)
 }
@@ -73,6 +75,35 @@ fn a_known_delay_is_measured() {
         within_five_percent(sample, real.expect("four notes"));
         assert!(sample >= fake::DELAY_MS as f64);
     }
+}
+
+#[test]
+fn a_disk_of_known_slowness_is_measured_and_a_guest_without_one_has_no_figure() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let mut rows: Vec<Row> = ["reads", "lacks"]
+        .iter()
+        .map(|mode| row(directory.path(), mode))
+        .collect();
+    for row in &mut rows {
+        let Contender::Vmm { linux, disk, .. } = &mut row.contender else {
+            panic!("a VMM");
+        };
+        *disk = linux.take();
+    }
+    run(&mut rows, ROUNDS, directory.path(), &mut || ()).expect("the harness runs");
+    // The runs for the VMM's start are ended before they have read anything.
+    let real = fs::read_to_string(directory.path().join("delays")).expect("its notes");
+    let real: Vec<f64> = real
+        .lines()
+        .map(|line| line.parse().expect("a number"))
+        .collect();
+    let measured = &rows[0].figures["disk_read_ms"];
+    assert_eq!((real.len(), measured.len()), (2, 2));
+    for (measured, real) in measured.iter().zip(real) {
+        within_five_percent(*measured, real);
+    }
+    assert_eq!(rows[1].failure, None);
+    assert!(!rows[1].figures.contains_key("disk_read_ms"));
 }
 
 #[test]

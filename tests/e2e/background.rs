@@ -16,12 +16,12 @@ use serde_json::json;
 use crate::fixture::{BUSYBOX, Machine, kill, machine, text};
 
 /// A pod that runs in the background, its end the test's to bring about.
-struct Background {
-    machine: Machine,
-    api: PodApi,
+pub(crate) struct Background {
+    pub(crate) machine: Machine,
+    pub(crate) api: PodApi,
 }
 
-fn process(script: &str) -> ProcessSpec {
+pub(crate) fn process(script: &str) -> ProcessSpec {
     ProcessSpec {
         argv: ["sh", "-c", script].map(str::to_owned).into(),
         ..ProcessSpec::default()
@@ -29,8 +29,12 @@ fn process(script: &str) -> ProcessSpec {
 }
 
 /// Starts a pod `p` with a container for each script.
-fn background(scripts: &[&str]) -> Background {
-    let machine = machine();
+pub(crate) fn background(scripts: &[&str]) -> Background {
+    started(machine(), &[], scripts)
+}
+
+/// The same in a place and with options of one's own.
+pub(crate) fn started(machine: Machine, options: &[&str], scripts: &[&str]) -> Background {
     let containers: Vec<_> = scripts
         .iter()
         .enumerate()
@@ -41,30 +45,31 @@ fn background(scripts: &[&str]) -> Background {
     let path = machine.run_directory().join(".spec.yaml");
     std::fs::write(&path, spec.to_string()).unwrap();
     let path = path.to_str().unwrap();
-    let output = machine.command(&["pod", "run", path]).output().unwrap();
+    let arguments = [&["pod", "run"], options, &[path]].concat();
+    let output = machine.command(&arguments).output().unwrap();
     assert_eq!(text(&output.stdout), "p\n", "{}", text(&output.stderr));
     let api = PodApi::of(machine.run_directory(), "p");
     Background { machine, api }
 }
 
 impl Background {
-    fn cube(&self, arguments: &[&str]) -> Output {
+    pub(crate) fn cube(&self, arguments: &[&str]) -> Output {
         self.machine.command(arguments).output().unwrap()
     }
 
-    fn say(&self, arguments: &[&str]) -> String {
+    pub(crate) fn say(&self, arguments: &[&str]) -> String {
         let output = self.cube(arguments);
         assert!(output.status.success(), "{}", text(&output.stderr));
         text(&output.stdout)
     }
 
-    fn stop(&self) {
+    pub(crate) fn stop(&self) {
         self.say(&["stop", "--time", "1", "p"]);
         self.machine.wait_for_processes();
         self.machine.assert_nothing_left();
     }
 
-    fn image(&self) -> Vec<DiskFile> {
+    pub(crate) fn image(&self) -> Vec<DiskFile> {
         let parts = self.store().resolve(BUSYBOX).unwrap().disk_parts();
         let file = |(path, size)| DiskFile {
             path,
@@ -73,30 +78,54 @@ impl Background {
         parts.into_iter().map(file).collect()
     }
 
-    fn store(&self) -> Store {
+    pub(crate) fn store(&self) -> Store {
         Store::open(self.machine.store().to_owned()).unwrap()
     }
 
-    fn create(&self, id: &str, script: &str) {
+    /// A container to create, with a writable disk of its own.
+    pub(crate) fn body(&self, id: &str, script: &str) -> CreateContainer {
         let path = self.machine.run_directory().join(format!(".{id}.disk"));
         let _ = std::fs::remove_file(&path);
         self.store().writable().clone_to(64 << 20, &path).unwrap();
-        let body = CreateContainer {
+        CreateContainer {
             id: id.to_owned(),
             image: self.image(),
             writable: Some(DiskFile { path, size: None }),
             process: process(script),
             ..CreateContainer::default()
-        };
+        }
+    }
+
+    pub(crate) fn create(&self, id: &str, script: &str) {
+        let body = self.body(id, script);
         let made: ContainerStatus = self.api.call("POST", "/v1/containers", &body).unwrap();
         assert_eq!(made.state, ContainerState::Created);
     }
 
-    fn post(&self, path: &str) {
+    pub(crate) fn post(&self, path: &str) {
         self.api.call("POST", path, &json!({})).unwrap()
     }
 
-    fn wait(&self, id: &str) -> u8 {
+    /// Forgets a container that has ended.
+    pub(crate) fn remove(&self, id: &str) {
+        let path = format!("/v1/containers/{id}");
+        self.api.call::<()>("DELETE", &path, &json!({})).unwrap();
+    }
+
+    /// The process of the pod.
+    pub(crate) fn pid(&self) -> Pid {
+        let status: PodStatus = self.api.get("/v1/pod").unwrap();
+        Pid::from_raw(status.pid.cast_signed()).unwrap()
+    }
+
+    /// The pod was killed: the next command leaves nothing of it.
+    pub(crate) fn assert_swept(&self) {
+        self.machine.wait_for_processes();
+        assert_eq!(self.say(&["ps", "-q"]), "");
+        self.machine.assert_nothing_left();
+    }
+
+    pub(crate) fn wait(&self, id: &str) -> u8 {
         let exit: Exit = self.api.get(&format!("/v1/containers/{id}/wait")).unwrap();
         exit.exit_code
     }
@@ -183,9 +212,7 @@ fn containers_come_and_go_in_a_running_pod() {
         pod.post(&format!("/v1/containers/{id}/start"));
         assert_eq!(pod.wait(&id), 5);
         assert!(pod.say(&["logs", "p", &id]).ends_with("hello\n"));
-        pod.api
-            .call::<()>("DELETE", &format!("/v1/containers/{id}"), &json!({}))
-            .unwrap();
+        pod.remove(&id);
     }
     let status: PodStatus = pod.api.get("/v1/pod").unwrap();
     assert_eq!(status.containers.len(), 1);
@@ -233,11 +260,8 @@ fn what_the_pod_does_not_do_is_a_sentence_and_not_its_end() {
 #[test]
 fn a_killed_pod_process_leaves_nothing_after_the_next_command() {
     let pod = background(&["sleep 1000000"]);
-    let status: PodStatus = pod.api.get("/v1/pod").unwrap();
-    kill(Pid::from_raw(status.pid.cast_signed()).unwrap());
-    pod.machine.wait_for_processes();
-    assert_eq!(pod.say(&["ps", "-q"]), "");
-    pod.machine.assert_nothing_left();
+    kill(pod.pid());
+    pod.assert_swept();
 }
 
 #[test]

@@ -11,13 +11,17 @@ mod guest;
 mod port;
 
 mod background;
+mod commands;
+mod cycles;
 mod ends;
 mod environment;
 mod execs;
 mod faults;
 mod images;
 mod interfaces;
+mod killed;
 mod networks;
+mod pod_files;
 mod pods;
 mod runtime;
 mod streams;

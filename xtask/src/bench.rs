@@ -21,7 +21,7 @@ use crate::steps::{Outcome, Steps};
 use crate::testbed::{self, Job, Limits, Outer};
 use crate::{apt, binaries, demo, doctor, image, kernel, net_root, run, setup, test};
 
-use budget::Measured;
+use budget::{Measured, Scope};
 
 /// The command line with which Firecracker's own boot-time benchmark boots its CI guest.
 const OTHER_COMMAND_LINE: &str = "reboot=k panic=1 nomodule 8250.nr_uarts=0 i8042.noaux i8042.nomux i8042.nopnp \
@@ -51,9 +51,18 @@ pub(crate) struct Options {
     /// A VMM that is not in PATH, as NAME=FILE
     #[arg(long = "vmm", value_name = "NAME=FILE")]
     vmms: Vec<String>,
+    /// Measure only these VMMs, and pods
+    #[arg(long, value_name = "NAME,…")]
+    only: Option<String>,
+    /// Seconds after which a guest that does not run is given up; it is not run again
+    #[arg(long, value_name = "SECONDS", default_value_t = 30, value_parser = clap::value_parser!(u64).range(1..))]
+    deadline: u64,
     /// A second kernel: the name of a file in guest/kernel, without `.config`
     #[arg(long, value_name = "NAME")]
     other_kernel: Option<String>,
+    /// Also measure the throughput of disks and streams
+    #[arg(long)]
+    throughput: bool,
     /// Also start that many at once
     #[arg(long, value_name = "N,…")]
     at_once: Option<String>,
@@ -72,15 +81,23 @@ pub(crate) struct Options {
 }
 
 /// What `cube bench` is given.
-struct Parts {
-    binaries: PathBuf,
-    kernel: PathBuf,
-    other_kernel: Option<PathBuf>,
-    cube_init: PathBuf,
-    net_root: Option<PathBuf>,
-    store: PathBuf,
-    outer: Option<Outer>,
-    output: PathBuf,
+pub(crate) struct Parts<'a> {
+    /// Where `cube` and `cube-vmm` are.
+    pub(crate) binaries: PathBuf,
+    /// The guest's kernel.
+    pub(crate) kernel: PathBuf,
+    /// Another, to compare with.
+    pub(crate) other_kernel: Option<PathBuf>,
+    /// `cube-init`, with the benchmarks' init beside it.
+    pub(crate) cube_init: PathBuf,
+    /// The root file system of the network benchmark, if that was asked for.
+    pub(crate) net_root: Option<PathBuf>,
+    /// A store with the demo's image.
+    pub(crate) store: PathBuf,
+    /// Absent: KVM here runs guests.
+    pub(crate) outer: Option<&'a Outer>,
+    /// Where the reports go.
+    pub(crate) output: PathBuf,
 }
 
 pub(crate) fn run(options: &Options) -> Result<ExitCode> {
@@ -102,6 +119,11 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     };
     fs::create_dir_all(&output).doing("create", &output)?;
     let binaries = binaries::host(&mut steps, binaries::Profile::Release)?;
+    let outer = if direct {
+        None
+    } else {
+        Some(testbed::step(&mut steps)?)
+    };
     let parts = Parts {
         kernel: kernel::step(&mut steps, "cube")?,
         other_kernel: options
@@ -109,11 +131,7 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
             .as_deref()
             .map(|name| kernel::step(&mut steps, name))
             .transpose()?,
-        outer: if direct {
-            None
-        } else {
-            Some(testbed::step(&mut steps)?)
-        },
+        outer: outer.as_ref(),
         cube_init: binaries::init(&mut steps)?,
         net_root: options
             .net
@@ -128,52 +146,82 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
         binaries,
         output: output.canonicalize().doing("find", &output)?,
     };
-    let measured = parts.measure(&mut steps, options)?;
+    let measured = steps.step("measure", || Ok((parts.measure(options)?, Outcome::Done)))?;
     if !options.budget {
         println!("reports: {}", parts.output.display());
         return Ok(ExitCode::SUCCESS);
     }
-    let promises = fs::read_to_string(binaries::root().join("resources/budget.toml"))
-        .doing("read", Path::new("resources/budget.toml"))?;
-    let (table, kept) = budget::hold(&promises, &measured)?;
-    print!("{table}");
-    Ok(if kept {
+    Ok(if hold(&measured, Scope::All)? {
         ExitCode::SUCCESS
     } else {
         ExitCode::FAILURE
     })
 }
 
-impl Parts {
-    fn measure(&self, steps: &mut Steps, options: &Options) -> Result<Measured> {
-        steps.step("measure", || {
-            eprintln!("{}", test::place(self.outer.is_none()));
-            let native = self.output.join("native");
-            let mut words = self.words(options, options.rounds);
-            let mut command = Command::new(self.binaries.join("cube"));
-            if self.outer.is_none() {
-                words.extend(self.guest_words(options));
-                command.envs(self.guest_variables());
-            }
-            words.extend(["--output".into(), native.clone().into()]);
-            command.args(&words).current_dir(binaries::root());
-            if let Some(commit) = commit() {
-                command.env("CUBE_COMMIT", commit);
-            }
-            run::shown(&mut command)?;
+/// Shows promise, measured and margin; whether all are kept that could be measured.
+fn hold(measured: &Measured, scope: Scope) -> Result<bool> {
+    let path = binaries::root().join("resources/budget.toml");
+    let promises = fs::read_to_string(&path).doing("read", &path)?;
+    let (table, kept) = budget::hold(&promises, measured, scope)?;
+    print!("{table}");
+    Ok(kept)
+}
+
+/// Holds the promises that are the program's alone: bytes and counts, the same on any machine and, as far as it
+/// matters, in any build. One round each, no peers, no second kernel: it takes a minute.
+pub(crate) fn bytes_and_counts(parts: &Parts<'_>) -> Result<bool> {
+    let options = Options {
+        budget: true,
+        rounds: 1,
+        testbed_rounds: 1,
+        vmms: Vec::new(),
+        only: Some("cube-vmm".to_owned()),
+        deadline: 120,
+        other_kernel: None,
+        throughput: false,
+        at_once: None,
+        fill: None,
+        output: None,
+        net: false,
+        net_seconds: 0,
+    };
+    hold(&parts.measure(&options)?, Scope::Anywhere)
+}
+
+impl Parts<'_> {
+    fn measure(&self, options: &Options) -> Result<Measured> {
+        eprintln!("{}", test::place(self.outer.is_none()));
+        let native = self.output.join("native");
+        let mut words = Self::words(options, options.rounds);
+        let mut command = Command::new(self.binaries.join("cube"));
+        if self.outer.is_none() {
+            words.extend(self.guest_words(options));
+            command.envs(self.guest_variables());
+        }
+        words.extend(["--output".into(), native.clone().into()]);
+        command.args(&words).current_dir(binaries::root());
+        // Cargo's, for what it runs: the loader of every VMM would search a dozen directories more.
+        command.env_remove("LD_LIBRARY_PATH");
+        if let Some(commit) = commit() {
+            command.env("CUBE_COMMIT", commit);
+        }
+        run::shown(&mut command)?;
+        let guests = match self.outer {
+            None => native.clone(),
+            Some(outer) => self.in_testbed(outer, options)?,
+        };
+        // A promise is a number: whoever holds one needs no pictures.
+        if !options.budget {
             render(&native)?;
-            let guests = match &self.outer {
-                None => native.clone(),
-                Some(outer) => self.in_testbed(outer, options)?,
-            };
-            Ok((Measured::read(&native, &guests)?, Outcome::Done))
-        })
+            render(&guests)?;
+        }
+        Measured::read(&native, &guests)
     }
 
     fn in_testbed(&self, outer: &Outer, options: &Options) -> Result<PathBuf> {
         let out = self.output.join("testbed");
         let mut words = vec![self.binaries.join("cube").into()];
-        words.extend(self.words(options, options.testbed_rounds));
+        words.extend(Self::words(options, options.testbed_rounds));
         words.extend(self.guest_words(options));
         words.extend(["--emulated", "--output", "/run/cube-testbed/out"].map(Into::into));
         let mut job = Job::new(&words)?.directory(binaries::root()).out(&out)?;
@@ -189,19 +237,22 @@ impl Parts {
             cpus: 2,
         };
         match testbed::exec(outer, &limits, &job, std::io::stdout())? {
-            0 => {
-                render(&out)?;
-                Ok(out)
-            }
+            0 => Ok(out),
             status => Err(Error::Said(format!(
                 "`cube bench` in the testbed ended with status {status}"
             ))),
         }
     }
 
-    fn words(&self, options: &Options, rounds: u32) -> Vec<OsString> {
-        let mut words: Vec<OsString> =
-            vec!["bench".into(), "--rounds".into(), rounds.to_string().into()];
+    fn words(options: &Options, rounds: u32) -> Vec<OsString> {
+        let deadline = options.deadline.to_string();
+        let mut words: Vec<OsString> = ["bench", "--rounds", &rounds.to_string()]
+            .map(Into::into)
+            .into();
+        words.extend(["--deadline".into(), deadline.into()]);
+        if let Some(only) = &options.only {
+            words.extend(["--only".into(), only.into()]);
+        }
         words.extend(
             options
                 .vmms
@@ -234,6 +285,9 @@ impl Parts {
             words.extend(["--net-root".into(), root.into()]);
             words.extend(["--net-seconds".into(), seconds.into()]);
         }
+        if options.throughput {
+            words.push("--throughput".into());
+        }
         if let Some(numbers) = &options.at_once {
             words.extend(["--at-once".into(), numbers.into()]);
         }
@@ -243,9 +297,10 @@ impl Parts {
         words
     }
 
-    /// For `cube run`.
-    fn guest_variables(&self) -> [(&'static str, OsString); 3] {
+    /// For `cube run`; without a network, which the VMMs beside it have none of either.
+    fn guest_variables(&self) -> [(&'static str, OsString); 4] {
         [
+            ("CUBE_NET", "none".into()),
             ("CUBE_KERNEL", self.kernel.clone().into()),
             ("CUBE_INIT", self.cube_init.clone().into()),
             ("CUBE_STORE", self.store.clone().into()),

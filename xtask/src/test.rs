@@ -7,7 +7,7 @@ mod guests;
 
 use std::ffi::OsString;
 use std::io::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 
 use clap::Args;
@@ -15,7 +15,7 @@ use clap::Args;
 use crate::error::{Doing, Error, Result};
 use crate::steps::{Outcome, Steps, human};
 use crate::testbed::{self, Outer};
-use crate::{binaries, demo, doctor, image, kernel, run, setup};
+use crate::{apt, bench, binaries, demo, doctor, image, kernel, run, setup};
 
 use count::Counts;
 
@@ -54,7 +54,7 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     let guests = if options.native {
         0
     } else {
-        6 + usize::from(!direct) + usize::from(options.filter.is_none())
+        6 + usize::from(!direct) + 2 * usize::from(options.filter.is_none())
     };
     let mut steps = Steps::new(2 + checks + guests);
     setup::install(&mut steps)?;
@@ -75,6 +75,7 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
         })?;
         if options.filter.is_none() {
             steps.step("demo", || Ok((demo(&parts)?, Outcome::Done)))?;
+            total += steps.step("promises", || promises(&parts).map(noted))?;
         }
     }
     println!("all steps took {}", human(steps.elapsed()));
@@ -199,6 +200,29 @@ fn demo(parts: &Parts) -> Result<()> {
             "the demo's container failed: {status:?}"
         ))),
     }
+}
+
+/// The promised numbers that hold anywhere, held as one test.
+fn promises(parts: &Parts) -> Result<Counts> {
+    apt::ensure(&[apt::BENCH])?;
+    let scratch = tempfile::tempdir().doing("create a directory in", &std::env::temp_dir())?;
+    let store = scratch.path().join("store");
+    demo::import(&parts.cube, &parts.image, &store)?;
+    let binaries = parts.cube.parent().map(Path::to_owned).unwrap_or_default();
+    let measured = bench::Parts {
+        net_root: None,
+        binaries,
+        kernel: parts.kernel.clone(),
+        other_kernel: None,
+        cube_init: parts.init.clone(),
+        store,
+        outer: parts.outer.as_ref(),
+        output: scratch.path().to_owned(),
+    };
+    Ok(match bench::bytes_and_counts(&measured)? {
+        true => Counts::new(1, 0),
+        false => Counts::new(0, 1),
+    })
 }
 
 /// Runs tests, shows their output, counts. Failed tests are counted, other failures are errors.

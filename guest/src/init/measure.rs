@@ -3,9 +3,14 @@
 
 use std::fs;
 
-use cube_guest::stats::{ContainerStats, FileSystemStats, InterfaceStats, PodStats, Usage};
+use cube_guest::stats::{
+    AgentStats, ContainerStats, FileSystemStats, InterfaceStats, PodStats, Usage,
+};
 
 use crate::container::Container;
+
+/// Bytes of a page on x86_64.
+const PAGE_SIZE: u64 = 4096;
 
 /// The pod, without its containers.
 pub(crate) fn pod(containers: Vec<ContainerStats>) -> PodStats {
@@ -26,9 +31,23 @@ pub(crate) fn pod(containers: Vec<ContainerStats>) -> PodStats {
     PodStats {
         memory_total: total,
         memory_available: available,
+        agent: agent(),
         usage,
         interfaces: interfaces(&read("/proc/net/dev")),
         containers,
+    }
+}
+
+/// This process.
+fn agent() -> AgentStats {
+    // The second number of proc(5)'s `statm` is resident pages.
+    let pages = read("/proc/self/statm");
+    let pages = pages.split_whitespace().nth(1).and_then(|n| n.parse().ok());
+    let descriptors = fs::read_dir("/proc/self/fd").map_or(0, Iterator::count);
+    AgentStats {
+        rss: pages.unwrap_or(0_u64).saturating_mul(PAGE_SIZE),
+        // Less the one that lists them.
+        descriptors: descriptors.saturating_sub(1) as u64,
     }
 }
 
@@ -186,5 +205,6 @@ mod tests {
         let stats = pod(Vec::new());
         assert!(stats.memory_total > stats.memory_available && stats.memory_available > 0);
         assert!(stats.usage.pids > 0);
+        assert!(stats.agent.rss > 0 && stats.agent.descriptors > 0);
     }
 }

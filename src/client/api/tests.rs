@@ -3,7 +3,6 @@
 mod interfaces;
 
 use std::collections::BTreeMap;
-use std::fs::File;
 use std::io::BufRead;
 use std::net::Shutdown;
 use std::os::unix::net::UnixListener;
@@ -11,24 +10,27 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
 
-use cube_guest::frame;
-use cube_guest::{
-    Answer, CONTROL_PORT, ExitStatus, GuestEvent, GuestMessage, HostMessage, HostRequest,
-    PROTOCOL_VERSION, PodSpec, ProcessId, ProcessSpec, STREAM_PORT, Stdio,
-};
+use cube_guest::network::{InterfaceSpec, MacAddress, NetworkSpec};
+use cube_guest::{HostRequest, PodSpec, ProcessSpec, VolumeSource, VolumeSpec};
 use serde_json::{Value, json};
+
+mod fake_agent;
+mod volumes;
 
 use super::*;
 use crate::pod::api::body::{
     ContainerState, ContainerStatus, CreateContainer, CreateExec, DiskFile, ExecCreated, Exit,
-    PodStatus,
+    PodStatus, Stats,
 };
-use crate::pod::api::server::Server;
-use crate::pod::listen::port_path;
-use crate::pod::supervisor::{DiskSlots, PodFile, Supervisor, VSOCK_SOCKET};
+use crate::pod::api::described::Description;
+use crate::pod::api::server::{Limits, Server};
+use crate::pod::machinery::Machinery;
+use crate::pod::supervisor::{PodFile, Supervisor, VSOCK_SOCKET};
 use crate::vmm::command::Attendant;
 use crate::vmm::exit::End;
+use crate::vmm::own_memory::OwnMemory;
 use crate::vmm::spec::DiskSpec;
+use crate::vmm::timeline::{Entry, Stage};
 
 /// Slots that are only counted.
 #[derive(Default)]
@@ -37,7 +39,7 @@ struct Counted {
     taken: AtomicUsize,
 }
 
-impl DiskSlots for Arc<Counted> {
+impl Machinery for Arc<Counted> {
     fn attach(&self, _: &DiskSpec) -> Result<u16, String> {
         Ok(self.given.fetch_add(1, Ordering::SeqCst) as u16)
     }
@@ -45,9 +47,31 @@ impl DiskSlots for Arc<Counted> {
     fn detach(&self, _: u16) {
         self.taken.fetch_add(1, Ordering::SeqCst);
     }
+
+    fn timeline(&self) -> Vec<Entry> {
+        let entry = |stage, monotonic_ns| Entry {
+            stage,
+            monotonic_ns,
+            exits: BTreeMap::new(),
+        };
+        vec![
+            entry(Stage::Exec, 5000),
+            entry(Stage::KernelStarted, 12_000),
+        ]
+    }
+
+    fn own_memory(&self) -> io::Result<OwnMemory> {
+        Ok(OwnMemory {
+            pss: 1,
+            rss: 2,
+            guest: 3,
+        })
+    }
 }
 
 struct TestPod {
+    /// Requests that the agent was sent.
+    asked: Arc<Mutex<Vec<HostRequest>>>,
     api: PodApi,
     slots: Arc<Counted>,
     directory: tempfile::TempDir,
@@ -55,108 +79,29 @@ struct TestPod {
     agent: JoinHandle<()>,
 }
 
-/// What the agent does with a process: its first word.
-fn run(process: &ProcessSpec, vsock: &Path) -> (ExitStatus, Vec<UnixStream>) {
-    let dial = |token: u64| {
-        let mut stream = UnixStream::connect(port_path(vsock, STREAM_PORT)).unwrap();
-        stream.write_all(&token.to_le_bytes()).unwrap();
-        stream
+/// A pod with an address and a volume of its own.
+fn pod_spec() -> PodSpec {
+    let interface = InterfaceSpec {
+        name: "eth0".to_owned(),
+        mac: MacAddress([2, 0, 0, 0, 0, 1]),
+        mtu: None,
+        addresses: vec![
+            "10.88.0.5/16".parse().unwrap(),
+            "fd00::5/64".parse().unwrap(),
+        ],
+        routes: Vec::new(),
+        neighbours: Vec::new(),
     };
-    let Stdio::Pipes {
-        stdin,
-        stdout,
-        stderr,
-    } = process.stdio
-    else {
-        panic!("{:?}", process.stdio);
-    };
-    let (mut out, err) = (dial(stdout.unwrap()), dial(stderr.unwrap()));
-    let input = stdin.map(dial);
-    let mut open = vec![err];
-    match process.argv[0].as_str() {
-        "say" => out.write_all(process.argv[1].as_bytes()).unwrap(),
-        "cat" => {
-            let copy = thread::spawn(move || io::copy(&mut input.unwrap(), &mut out).unwrap());
-            open.clear();
-            copy.join().unwrap();
-        }
-        _ => open.push(out),
-    }
-    (ExitStatus::Code(3), open)
-}
-
-/// An agent whose containers and execs end by themselves, unless they are to `stay`.
-fn agent(vsock: PathBuf, over: Arc<AtomicBool>) {
-    let control = UnixStream::connect(port_path(&vsock, CONTROL_PORT)).unwrap();
-    let sender = Arc::new(Mutex::new(control.try_clone().unwrap()));
-    let say = move |message: GuestMessage| {
-        frame::write(&mut *sender.lock().unwrap(), &message).unwrap();
-    };
-    let version = "9.9.9".to_owned();
-    say(GuestMessage::Hello {
-        protocol: PROTOCOL_VERSION,
-        version,
-    });
-    let mut staying = BTreeMap::new();
-    let mut control = control;
-    while let Some(HostMessage { id, request }) = frame::read(&mut control).unwrap() {
-        let done = || GuestMessage::Reply {
-            id,
-            result: Ok(Answer::Done),
-        };
-        match request {
-            HostRequest::Start(spec) => {
-                say(done());
-                let container = spec.id.clone();
-                say(GuestMessage::Event(GuestEvent::Started {
-                    container: container.clone(),
-                }));
-                let (status, open) = run(&spec.process, &vsock);
-                if spec.process.argv[0] == "stay" {
-                    staying.insert(container, open);
-                } else {
-                    say(GuestMessage::Event(GuestEvent::Exited {
-                        container,
-                        status,
-                    }));
-                }
-            }
-            HostRequest::Exec { exec, process, .. } => {
-                say(done());
-                let (say, vsock) = (say.clone(), vsock.clone());
-                thread::spawn(move || {
-                    let (status, _) = run(&process, &vsock);
-                    say(GuestMessage::Event(GuestEvent::ExecExited { exec, status }));
-                });
-            }
-            HostRequest::Signal {
-                process: ProcessId::Container(container),
-                signal,
-                ..
-            } => {
-                say(done());
-                staying.remove(&container);
-                let status = ExitStatus::Signal {
-                    signal,
-                    oom_killed: false,
-                };
-                say(GuestMessage::Event(GuestEvent::Exited {
-                    container,
-                    status,
-                }));
-            }
-            HostRequest::BindSlot { slot: 13 } => say(GuestMessage::Reply {
-                id,
-                result: Err("no driver".to_owned()),
-            }),
-            HostRequest::Shutdown { .. } => {
-                say(done());
-                over.store(true, Ordering::SeqCst);
-                control.shutdown(Shutdown::Both).unwrap();
-                return;
-            }
-            _ => say(done()),
-        }
+    PodSpec {
+        network: Some(NetworkSpec {
+            interfaces: vec![interface],
+            ..NetworkSpec::default()
+        }),
+        volumes: vec![VolumeSpec {
+            name: "config".to_owned(),
+            source: VolumeSource::Files,
+        }],
+        ..PodSpec::default()
     }
 }
 
@@ -165,31 +110,35 @@ impl TestPod {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("p");
         std::fs::create_dir(&path).unwrap();
-        let api = Server::new(UnixListener::bind(path.join(API_SOCKET)).unwrap()).unwrap();
+        let api = UnixListener::bind(path.join(API_SOCKET)).unwrap();
+        let api = Server::new(api, Limits::default()).unwrap();
         let pod = PodFile {
             id: "p".to_owned(),
             directory: path.clone(),
             lock_fd: -1,
             api_fd: -1,
-            guest: PodSpec::default(),
+            network_lock_fd: None,
+            guest: pod_spec(),
             containers: BTreeMap::new(),
         };
-        let lock = File::open(&path).unwrap().into();
-        let mut supervisor = Supervisor::new(pod, lock, api).unwrap();
+        let mut supervisor = Supervisor::new(pod, Vec::new(), api).unwrap();
         let (over, slots) = (Arc::new(AtomicBool::new(false)), Arc::<Counted>::default());
         let (seen, machine) = (over.clone(), slots.clone());
         let supervisor = thread::spawn(move || {
             while !seen.load(Ordering::SeqCst) {
-                supervisor.wait(&[]).unwrap();
+                let ready = supervisor.wait(&[]).unwrap();
                 // The agent's end is the machine's here.
-                if supervisor.turn(&machine).unwrap().is_some() {
+                if supervisor.turn(&machine, &ready).unwrap().is_some() {
                     break;
                 }
             }
             Box::new(supervisor).ended(&End::PowerOff);
         });
-        let agent = thread::spawn(move || agent(path.join(VSOCK_SOCKET), over));
+        let asked = Arc::<Mutex<Vec<HostRequest>>>::default();
+        let noted = asked.clone();
+        let agent = thread::spawn(move || fake_agent::run(path.join(VSOCK_SOCKET), over, &noted));
         let pod = Self {
+            asked,
             api: PodApi::of(directory.path(), "p"),
             slots,
             directory,
@@ -404,5 +353,111 @@ fn a_late_client_gets_the_events_that_it_missed() {
         .map(|event| format!("{} {}", event["sequence"], event["type"]))
         .collect();
     assert_eq!(kinds, ["2 \"started\"", "3 \"exited\""]);
+    pod.stop();
+}
+
+#[test]
+fn a_container_that_has_ended_starts_again_with_its_disks_and_its_log() {
+    let pod = TestPod::start();
+    pod.create("c", &["say", "once"]).unwrap();
+    for round in 0..3_u32 {
+        pod.post("/v1/containers/c/start", json!({})).unwrap();
+        let exit: Exit = pod.api.get("/v1/containers/c/wait").unwrap();
+        assert_eq!(exit.exit_code, 3);
+        let status: ContainerStatus = pod.api.get("/v1/containers/c").unwrap();
+        assert_eq!(
+            (status.restarts, status.state),
+            (round, ContainerState::Exited)
+        );
+    }
+    assert_eq!(pod.log("c").lines().count(), 3);
+    let events = pod.api.read("/v1/events").unwrap();
+    let events = String::from_utf8(events).unwrap();
+    let count = |kind: &str| events.matches(&format!("\"type\":\"{kind}\"")).count();
+    assert_eq!(
+        (count("started"), count("restarted"), count("exited")),
+        (1, 2, 3)
+    );
+    assert_eq!(pod.slots.given.load(Ordering::SeqCst), 2);
+    pod.stop();
+}
+
+#[test]
+fn every_answer_is_as_described() {
+    let (pod, description) = (TestPod::start(), Description::read());
+    pod.stay();
+    let volume = json!({"name": "v", "source": {"memory": {}}});
+    let made: Value = pod.api.call("POST", "/v1/volumes", &volume).unwrap();
+    description.check_answer("POST", "/v1/volumes", 201, &made);
+    for path in ["/v1/pod", "/v1/stats", "/v1/containers", "/v1/volumes"] {
+        description.check_answer("GET", path, 200, &pod.api.get(path).unwrap());
+    }
+    let status: Value = pod.api.get("/v1/containers/c").unwrap();
+    description.check_answer("GET", "/v1/containers/{container}", 200, &status);
+    let process = json!({"process": {"argv": ["say", "x"]}});
+    let path = "/v1/containers/c/execs";
+    let exec: Value = pod.api.call("POST", path, &process).unwrap();
+    description.check_answer("POST", "/v1/containers/{container}/execs", 201, &exec);
+    let path = format!("/v1/execs/{}/wait", exec["exec"].as_str().unwrap());
+    let exit: Value = pod.api.get(&path).unwrap();
+    description.check_answer("GET", "/v1/execs/{exec}/wait", 200, &exit);
+    let events = String::from_utf8(pod.api.read("/v1/events").unwrap()).unwrap();
+    for line in events.lines() {
+        let event: Value = serde_json::from_str(line).unwrap();
+        description.check_answer("GET", "/v1/events", 200, &event);
+    }
+    pod.stop();
+}
+
+#[test]
+fn the_pod_tells_its_addresses_its_timeline_and_its_costs() {
+    let pod = TestPod::start();
+    let status: PodStatus = pod.api.get("/v1/pod").unwrap();
+    assert_eq!(
+        status
+            .addresses
+            .iter()
+            .map(ToString::to_string)
+            .collect::<Vec<_>>(),
+        ["10.88.0.5", "fd00::5"]
+    );
+    let after: Vec<u64> = status.timeline.iter().map(|stage| stage.after_us).collect();
+    assert_eq!(after, [0, 7]);
+    let stats: Stats = pod.api.get("/v1/stats").unwrap();
+    let vmm = stats.vmm.unwrap();
+    assert_eq!((vmm.pss, vmm.rss, vmm.guest), (1, 2, 3));
+    let metrics = String::from_utf8(pod.api.read("/metrics").unwrap()).unwrap();
+    assert!(metrics.contains("cube_vmm_memory_pss_bytes{pod=\"p\"} 1\n"));
+    assert!(metrics.contains("cube_container_pids{pod=\"p\",container=\"measured\"} 4\n"));
+    pod.stop();
+}
+
+#[test]
+fn a_seccomp_profile_is_compiled_for_the_guest() {
+    let pod = TestPod::start();
+    let body = |profile: Value| {
+        json!({"id": "c", "image": [{"path": "/x"}], "process": {"argv": ["stay"]},
+            "seccomp_profile": profile})
+    };
+    let create = |body: &Value| pod.api.call::<Value>("POST", "/v1/containers", body);
+    let wrong = create(&body(json!({"defaultAction": "SCMP_ACT_NOTIFY"}))).unwrap_err();
+    assert!(
+        wrong.to_string().starts_with("seccomp_profile: "),
+        "{wrong}"
+    );
+    let mut both = body(json!({"defaultAction": "SCMP_ACT_ALLOW"}));
+    both["security"] = json!({"seccomp": "unconfined"});
+    assert!(create(&both).unwrap_err().to_string().contains("exclude"));
+    create(&body(json!({"defaultAction": "SCMP_ACT_ERRNO",
+        "syscalls": [{"names": ["read"], "action": "SCMP_ACT_ALLOW"}]})))
+    .unwrap();
+    pod.post("/v1/containers/c/start", json!({})).unwrap();
+    let asked = pod.asked.lock().unwrap();
+    let started = asked.iter().find_map(|request| match request {
+        HostRequest::Start(spec) => Some(spec.security.seccomp.clone()),
+        _ => None,
+    });
+    drop(asked);
+    assert!(matches!(started, Some(cube_guest::Seccomp::Programs(p)) if p.len() == 1));
     pod.stop();
 }

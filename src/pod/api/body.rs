@@ -1,13 +1,18 @@
 //! What the API's bodies say: plain data, shared by the server and its clients.
 #![forbid(unsafe_code)]
 
+use std::net::IpAddr;
 use std::path::PathBuf;
 
+use cube_guest::stats::PodStats;
 use cube_guest::{
     DeviceSpec, ExitStatus, MountSpec, PidNamespace, ProcessSpec, Resources, SecuritySpec,
     TerminalSize,
 };
 use serde::{Deserialize, Serialize};
+
+use crate::vmm::own_memory::OwnMemory;
+use crate::vmm::timeline::{Entry, Stage};
 
 /// A container to create. The process's `stdio` is the API's to set and must be absent.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
@@ -25,9 +30,12 @@ pub struct CreateContainer {
     pub read_only_root: bool,
     /// Its first process.
     pub process: ProcessSpec,
-    /// Whether it has a standard input, which ends with the first client's.
+    /// Whether it has a standard input.
     #[serde(default)]
     pub stdin: bool,
+    /// Whether its standard input ends with the first client's; otherwise clients come and go.
+    #[serde(default)]
+    pub stdin_once: bool,
     /// A terminal of this size instead of three streams.
     #[serde(default)]
     pub terminal: Option<TerminalSize>,
@@ -46,6 +54,9 @@ pub struct CreateContainer {
     /// What it may do.
     #[serde(default)]
     pub security: SecuritySpec,
+    /// A seccomp profile as the OCI runtime specification has it, instead of `security.seccomp`.
+    #[serde(default)]
+    pub seccomp_profile: Option<serde_json::Value>,
     /// Whose PID namespace it has.
     #[serde(default)]
     pub pid_namespace: PidNamespace,
@@ -183,6 +194,8 @@ pub struct ContainerStatus {
     pub log_path: PathBuf,
     /// Whether it has a terminal.
     pub terminal: bool,
+    /// How often it was started again after it had ended.
+    pub restarts: u32,
     /// Why its log has holes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub log_error: Option<String>,
@@ -204,6 +217,61 @@ pub struct PodStatus {
     pub agent_version: Option<String>,
     /// The pod process.
     pub pid: u32,
+    /// Its IP addresses; the first one is the one to call it by.
+    pub addresses: Vec<IpAddr>,
+    /// The stages of its machine's start.
+    pub timeline: Vec<BootStage>,
     /// Its containers.
     pub containers: Vec<ContainerStatus>,
+}
+
+/// A stage of a machine's start.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BootStage {
+    /// What happened.
+    pub stage: Stage,
+    /// Microseconds after the first stage.
+    pub after_us: u64,
+}
+
+impl BootStage {
+    /// The timeline as the API shows it.
+    pub fn of(entries: &[Entry]) -> Vec<Self> {
+        let first = entries.iter().map(|entry| entry.monotonic_ns).min();
+        let stage = |entry: &Entry| Self {
+            stage: entry.stage,
+            after_us: entry.monotonic_ns.saturating_sub(first.unwrap_or(0)) / 1000,
+        };
+        let mut stages: Vec<Self> = entries.iter().map(stage).collect();
+        stages.sort_by_key(|stage| stage.after_us);
+        stages
+    }
+}
+
+/// What the pod uses.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub struct Stats {
+    /// What the guest measures of itself and its containers.
+    pub guest: PodStats,
+    /// The pod process; absent: it cannot read its own memory map.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vmm: Option<VmmMemory>,
+}
+
+/// Memory of the pod process, in bytes.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VmmMemory {
+    /// Proportional set size of everything but guest memory: what the pod costs beyond its guest.
+    pub pss: u64,
+    /// Resident set size of the same.
+    pub rss: u64,
+    /// Guest memory that is resident.
+    pub guest: u64,
+}
+
+impl From<OwnMemory> for VmmMemory {
+    fn from(memory: OwnMemory) -> Self {
+        let OwnMemory { pss, rss, guest } = memory;
+        Self { pss, rss, guest }
+    }
 }

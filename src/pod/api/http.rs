@@ -18,7 +18,7 @@ use serde::de::DeserializeOwned;
 
 /// Most bytes of a request line and its headers.
 pub const MAX_HEAD: usize = 16 << 10;
-/// Most bytes of a body: a specification, not data.
+/// Most bytes of a body that is a specification and not data.
 pub const MAX_BODY: usize = 1 << 20;
 /// Most headers.
 const MAX_HEADERS: usize = 64;
@@ -62,7 +62,7 @@ pub struct Request {
     pub method: String,
     /// The path, not decoded: what the API's names are made of needs no escapes.
     pub path: String,
-    /// Names and values after `?`, not decoded.
+    /// Names and values after `?`, not decoded; see [`Request::text`].
     pub query: Vec<(String, String)>,
     /// The body.
     pub body: Vec<u8>,
@@ -115,6 +115,18 @@ impl Request {
         Ok(value)
     }
 
+    /// A text of the query, its escapes (RFC 3986, section 2.1) decoded.
+    ///
+    /// # Errors
+    /// It is there and not UTF-8, or its escapes are none.
+    pub fn text(&self, name: &str) -> Result<Option<String>, Refusal> {
+        let value = self.query.iter().find(|(key, _)| key == name);
+        let sentence = || Refusal::field(name, format!("`{name}` takes percent-encoded UTF-8"));
+        value
+            .map(|(_, value)| decode(value).ok_or_else(sentence))
+            .transpose()
+    }
+
     /// A number of the query.
     ///
     /// # Errors
@@ -137,6 +149,23 @@ impl Request {
     }
 }
 
+/// Decodes `%2F` and the like.
+fn decode(text: &str) -> Option<String> {
+    let mut bytes = Vec::with_capacity(text.len());
+    let mut rest = text.bytes();
+    while let Some(byte) = rest.next() {
+        bytes.push(match byte {
+            b'%' => {
+                let digit = |byte: u8| char::from(byte).to_digit(16);
+                let (high, low) = (digit(rest.next()?)?, digit(rest.next()?)?);
+                u8::try_from(high << 4 | low).ok()?
+            }
+            byte => byte,
+        });
+    }
+    String::from_utf8(bytes).ok()
+}
+
 /// Head of a request whose body is still to come.
 #[derive(Debug)]
 struct Head {
@@ -145,14 +174,33 @@ struct Head {
     body_length: usize,
 }
 
+/// Most bytes of the body of a request with this path.
+pub type BodyLimit = fn(path: &str) -> usize;
+
 /// Takes bytes, gives requests.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Parser {
     bytes: Vec<u8>,
     head: Option<Head>,
+    body_limit: BodyLimit,
+}
+
+impl Default for Parser {
+    fn default() -> Self {
+        Self::new(|_| MAX_BODY)
+    }
 }
 
 impl Parser {
+    /// A parser whose bodies are limited by their requests' paths.
+    pub fn new(body_limit: BodyLimit) -> Self {
+        Self {
+            bytes: Vec::new(),
+            head: None,
+            body_limit,
+        }
+    }
+
     /// Adds what arrived. The owner calls [`Parser::take`] between reads, which bounds what is kept.
     pub fn push(&mut self, bytes: &[u8]) {
         self.bytes.extend_from_slice(bytes);
@@ -174,17 +222,18 @@ impl Parser {
     /// What arrived is no request that this server takes; the connection is to be closed.
     pub fn take(&mut self) -> Result<Option<Request>, Refusal> {
         if self.head.is_none() {
-            self.head = parse_head(&self.bytes)?;
+            self.head = parse_head(&self.bytes, self.body_limit)?;
         }
         let Some(head) = &self.head else {
             return Ok(None);
         };
         let end = head.head_length.saturating_add(head.body_length);
-        let Some(body) = self.bytes.get(head.head_length..end) else {
+        if self.bytes.len() < end {
             return Ok(None);
-        };
-        let body = body.to_vec();
-        self.bytes.drain(..end);
+        }
+        let rest = self.bytes.split_off(end);
+        let mut body = std::mem::replace(&mut self.bytes, rest);
+        body.drain(..head.head_length);
         Ok(self.head.take().map(|head| Request {
             body,
             ..head.request
@@ -192,7 +241,7 @@ impl Parser {
     }
 }
 
-fn parse_head(bytes: &[u8]) -> Result<Option<Head>, Refusal> {
+fn parse_head(bytes: &[u8], body_limit: BodyLimit) -> Result<Option<Head>, Refusal> {
     let mut headers = [httparse::EMPTY_HEADER; MAX_HEADERS];
     let mut parsed = httparse::Request::new(&mut headers);
     let head = bytes.get(..bytes.len().min(MAX_HEAD)).unwrap_or_default();
@@ -249,8 +298,9 @@ fn parse_head(bytes: &[u8]) -> Result<Option<Head>, Refusal> {
         }
     }
     let body_length = body_length.unwrap_or(0);
-    if body_length > MAX_BODY {
-        let sentence = format!("the body is longer than {MAX_BODY} bytes");
+    let most = body_limit(&request.path);
+    if body_length > most {
+        let sentence = format!("the body is longer than {most} bytes");
         return Err(Refusal::new(413, sentence));
     }
     Ok(Some(Head {
@@ -263,17 +313,34 @@ fn parse_head(bytes: &[u8]) -> Result<Option<Head>, Refusal> {
 /// A response with a JSON body; `204` has none.
 pub fn response(status: u16, body: Option<&serde_json::Value>, close: bool) -> Vec<u8> {
     let body = body.map_or(String::new(), |body| format!("{body}\n"));
+    text_response(status, "application/json", &body, close)
+}
+
+/// A response with a body of another type.
+pub fn text_response(status: u16, content_type: &str, body: &str, close: bool) -> Vec<u8> {
     let length = match status {
         204 => String::new(),
         _ => format!("Content-Length: {}\r\n", body.len()),
     };
     let connection = if close { "Connection: close\r\n" } else { "" };
     format!(
-        "HTTP/1.1 {status} {}\r\nContent-Type: application/json\r\n{length}{connection}\r\n{body}",
+        "HTTP/1.1 {status} {}\r\nContent-Type: {content_type}\r\n{length}{connection}\r\n{body}",
         reason(status)
     )
     .into_bytes()
 }
+
+/// The head of a file's last `sent` bytes, of `size`.
+pub fn file_head(size: u64, sent: u64) -> Vec<u8> {
+    format!(
+        "HTTP/1.1 200 OK\r\nContent-Type: application/octet-stream\r\nContent-Length: {sent}\r\n\
+         {FILE_SIZE}: {size}\r\nConnection: close\r\n\r\n"
+    )
+    .into_bytes()
+}
+
+/// The header that tells the size of a file of which the body may be a part.
+pub const FILE_SIZE: &str = "Cube-File-Size";
 
 /// The head of a body that ends with the connection.
 pub fn stream_head(content_type: &str) -> Vec<u8> {
@@ -367,6 +434,36 @@ mod tests {
         for (text, status) in cases {
             assert_eq!(parse(text).unwrap_err().status, status, "{text:.40}");
         }
+    }
+
+    #[test]
+    fn a_path_may_have_a_limit_of_its_own() {
+        let take = |path: &str, length: usize| {
+            let mut parser = Parser::new(|path| if path == "/big" { 100 } else { 10 });
+            let body = "x".repeat(length);
+            let head = format!("PUT {path} HTTP/1.1\r\ncontent-length: {length}\r\n\r\n");
+            parser.push((head + &body + "GET").as_bytes());
+            let taken = parser.take().map(|request| request.unwrap().body.len());
+            (taken.map_err(|refusal| refusal.status), parser.into_rest())
+        };
+        assert_eq!(take("/big", 100), (Ok(100), b"GET".to_vec()));
+        assert_eq!(take("/big", 101).0, Err(413));
+        assert_eq!(take("/small", 11).0, Err(413));
+    }
+
+    #[test]
+    fn texts_of_the_query_are_decoded() {
+        let text = |value: &str| {
+            let request = parse(&format!("GET /?path={value} HTTP/1.1\r\n\r\n"));
+            request.unwrap().unwrap().text("path")
+        };
+        assert_eq!(text("/a%20b%C3%a9"), Ok(Some("/a bé".to_owned())));
+        assert_eq!(text("plain+"), Ok(Some("plain+".to_owned())));
+        for wrong in ["%", "%2", "%zz", "%ff"] {
+            assert_eq!(text(wrong).unwrap_err().field.as_deref(), Some("path"));
+        }
+        let none = parse("GET / HTTP/1.1\r\n\r\n").unwrap().unwrap();
+        assert_eq!(none.text("path"), Ok(None));
     }
 
     #[test]

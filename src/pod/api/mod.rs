@@ -3,10 +3,13 @@
 //! - [`http`]: requests out of bytes, responses into bytes; no socket in sight.
 //! - `server`: the socket and its connections.
 //! - `routes`: the table of routes.
-//! - [`body`]: what the bodies say.
+//! - [`body`], [`volume_body`]: what the bodies say.
 
 pub mod body;
+#[cfg(test)]
+pub(crate) mod described;
 pub mod http;
 pub mod interface_body;
 pub(crate) mod routes;
 pub(crate) mod server;
+pub mod volume_body;

@@ -1,7 +1,7 @@
 //! The API's routes: one table, which `resources/openapi.yaml` describes.
 #![forbid(unsafe_code)]
 
-use super::http::Refusal;
+use super::http::{MAX_BODY, Refusal};
 
 /// What a request asks for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -9,6 +9,7 @@ pub(crate) enum Route {
     Pod,
     Stop,
     Stats,
+    Metrics,
     Events,
     List,
     Create,
@@ -34,6 +35,11 @@ pub(crate) enum Route {
     AttachInterface,
     DetachInterface,
     LimitInterface,
+    ReadFile,
+    Volumes,
+    CreateVolume,
+    RemoveVolume,
+    PutFiles,
 }
 
 /// Method, path, route. `{…}` stands for one segment.
@@ -41,6 +47,7 @@ pub(crate) const ROUTES: &[(&str, &str, Route)] = &[
     ("GET", "/v1/pod", Route::Pod),
     ("POST", "/v1/pod/stop", Route::Stop),
     ("GET", "/v1/stats", Route::Stats),
+    ("GET", "/metrics", Route::Metrics),
     ("GET", "/v1/events", Route::Events),
     ("GET", "/v1/ports/{port}", Route::Port),
     ("GET", "/v1/containers", Route::List),
@@ -69,6 +76,7 @@ pub(crate) const ROUTES: &[(&str, &str, Route)] = &[
         "/v1/containers/{container}/attach/{stream}",
         Route::Attach,
     ),
+    ("GET", "/v1/containers/{container}/file", Route::ReadFile),
     ("POST", "/v1/containers/{container}/execs", Route::Exec),
     ("GET", "/v1/execs/{exec}/wait", Route::ExecWait),
     ("POST", "/v1/execs/{exec}/kill", Route::ExecKill),
@@ -86,7 +94,22 @@ pub(crate) const ROUTES: &[(&str, &str, Route)] = &[
         "/v1/interfaces/{interface}/limits",
         Route::LimitInterface,
     ),
+    ("GET", "/v1/volumes", Route::Volumes),
+    ("POST", "/v1/volumes", Route::CreateVolume),
+    ("DELETE", "/v1/volumes/{volume}", Route::RemoveVolume),
+    ("PUT", "/v1/volumes/{volume}/files", Route::PutFiles),
 ];
+
+/// Most bytes of a set of files as JSON: [`cube_guest::files::MAX_SET`] in base64, and the names.
+const MAX_FILES_BODY: usize = 24 << 20;
+
+/// Most bytes of the body of a request with this path.
+pub(crate) fn body_limit(path: &str) -> usize {
+    match matches("/v1/volumes/{volume}/files", path) {
+        Some(_) => MAX_FILES_BODY,
+        None => MAX_BODY,
+    }
+}
 
 /// Finds the route, and the segments that stand in its braces.
 ///
@@ -138,6 +161,15 @@ mod tests {
             find("GET", "/v1/containers/a/kill").unwrap_err().status,
             405
         );
+    }
+
+    #[test]
+    fn only_sets_of_files_may_be_large() {
+        assert_eq!(body_limit("/v1/volumes/v/files"), MAX_FILES_BODY);
+        assert_eq!(body_limit("/v1/volumes"), MAX_BODY);
+        assert_eq!(body_limit("/v1/containers/v/files"), MAX_BODY);
+        let encoded = cube_guest::files::MAX_SET.div_ceil(3) * 4;
+        assert!(encoded + (1 << 20) <= MAX_FILES_BODY as u64);
     }
 
     #[test]

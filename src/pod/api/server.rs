@@ -12,11 +12,27 @@ use rustix::event::PollFlags;
 use serde_json::{Value, json};
 
 use super::http::{self, Parser, Refusal, Request};
+use super::routes;
+use crate::pod::ready::Ready;
 
-/// Connections served at one time; further ones wait in the socket's backlog.
-const MAX_CONNECTIONS: usize = 512;
-/// A client that has not sent a whole request, or not read its response, for so long is dropped.
-const PATIENCE: Duration = Duration::from_secs(10);
+/// What clients may ask of this side's memory and time.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Limits {
+    /// Connections served at one time; further ones wait in the socket's backlog.
+    pub(crate) connections: usize,
+    /// A client that has not sent a whole request, or not read its response, for so long is dropped.
+    pub(crate) patience: Duration,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            connections: 512,
+            patience: Duration::from_secs(10),
+        }
+    }
+}
+
 /// Bytes read at a time.
 const READ_SIZE: usize = 16 << 10;
 
@@ -45,6 +61,7 @@ struct Connection {
     /// A further request may have arrived behind the last one.
     again: bool,
     deadline: Option<Instant>,
+    patience: Duration,
 }
 
 /// The API's socket.
@@ -53,6 +70,7 @@ pub(crate) struct Server {
     listener: UnixListener,
     connections: BTreeMap<ConnectionId, Connection>,
     next: ConnectionId,
+    limits: Limits,
 }
 
 /// What became of a connection in a turn.
@@ -66,19 +84,20 @@ pub(crate) enum Call {
 
 impl Server {
     /// Serves at `listener`, which only this user can reach: the directory that it is in is private.
-    pub(crate) fn new(listener: UnixListener) -> io::Result<Self> {
+    pub(crate) fn new(listener: UnixListener, limits: Limits) -> io::Result<Self> {
         listener.set_nonblocking(true)?;
         Ok(Self {
             listener,
             connections: BTreeMap::new(),
             next: 1,
+            limits,
         })
     }
 
     /// Descriptors to poll, level-triggered.
     pub(crate) fn interests(&self) -> Vec<(BorrowedFd<'_>, PollFlags)> {
         let mut interests = Vec::new();
-        if self.connections.len() < MAX_CONNECTIONS {
+        if self.connections.len() < self.limits.connections {
             interests.push((self.listener.as_fd(), PollFlags::IN));
         }
         for connection in self.connections.values() {
@@ -98,8 +117,8 @@ impl Server {
     }
 
     /// Does what is ready.
-    pub(crate) fn turn(&mut self) -> io::Result<Vec<Call>> {
-        while self.connections.len() < MAX_CONNECTIONS {
+    pub(crate) fn turn(&mut self, ready: &Ready) -> io::Result<Vec<Call>> {
+        while self.connections.len() < self.limits.connections && ready.has(&self.listener) {
             match self.listener.accept() {
                 Ok((socket, _)) => self.adopt(socket)?,
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => break,
@@ -111,7 +130,7 @@ impl Server {
         let mut calls = Vec::new();
         self.connections.retain(|id, connection| {
             let late = connection.deadline.is_some_and(|at| at <= now);
-            let alive = !late && connection.turn(*id, &mut calls);
+            let alive = !late && connection.turn(*id, ready, &mut calls);
             if !alive {
                 calls.push(Call::Gone(*id));
             }
@@ -124,12 +143,13 @@ impl Server {
         socket.set_nonblocking(true)?;
         let connection = Connection {
             socket,
-            parser: Parser::default(),
+            parser: Parser::new(routes::body_limit),
             out: Vec::new(),
             state: State::Receiving,
             close: false,
             again: false,
-            deadline: Some(Instant::now() + PATIENCE),
+            deadline: Some(Instant::now() + self.limits.patience),
+            patience: self.limits.patience,
         };
         self.connections.insert(self.next, connection);
         self.next += 1;
@@ -140,6 +160,14 @@ impl Server {
     pub(crate) fn respond(&mut self, id: ConnectionId, status: u16, body: Option<&Value>) {
         if let Some(connection) = self.connections.get_mut(&id) {
             connection.respond(status, body);
+        }
+    }
+
+    /// Answers a request with text.
+    pub(crate) fn respond_text(&mut self, id: ConnectionId, content_type: &str, body: &str) {
+        if let Some(connection) = self.connections.get_mut(&id) {
+            let response = http::text_response(200, content_type, body, connection.close);
+            connection.send_response(&response);
         }
     }
 
@@ -175,16 +203,25 @@ impl Server {
     pub(crate) fn finish(&mut self, id: ConnectionId) {
         if let Some(connection) = self.connections.get_mut(&id) {
             connection.state = State::Closing;
-            connection.deadline = Some(Instant::now() + PATIENCE);
+            connection.deadline = Some(Instant::now() + connection.patience);
             connection.flush();
         }
     }
 
     /// Makes a raw stream of a connection: the socket, and the bytes that came behind the request.
     pub(crate) fn upgrade(&mut self, id: ConnectionId) -> Option<(UnixStream, Vec<u8>)> {
+        self.hand_over(id, http::SWITCHING)
+    }
+
+    /// Gives the connection away after `head`: the socket, and the bytes that came behind the request.
+    pub(crate) fn hand_over(
+        &mut self,
+        id: ConnectionId,
+        head: &[u8],
+    ) -> Option<(UnixStream, Vec<u8>)> {
         let mut connection = self.connections.remove(&id)?;
         // A fresh socket's buffer holds these few bytes; one that does not is a client that never reads.
-        connection.socket.write_all(http::SWITCHING).ok()?;
+        connection.socket.write_all(head).ok()?;
         Some((connection.socket, connection.parser.into_rest()))
     }
 
@@ -207,20 +244,28 @@ pub(crate) fn error_body(refusal: &Refusal) -> Value {
 
 impl Connection {
     fn respond(&mut self, status: u16, body: Option<&Value>) {
-        self.out.extend(http::response(status, body, self.close));
+        let response = http::response(status, body, self.close);
+        self.send_response(&response);
+    }
+
+    fn send_response(&mut self, response: &[u8]) {
+        self.out.extend_from_slice(response);
         self.state = if self.close {
             State::Closing
         } else {
             State::Receiving
         };
         self.again = !self.parser.is_empty();
-        self.deadline = Some(Instant::now() + PATIENCE);
+        self.deadline = Some(Instant::now() + self.patience);
         self.flush();
     }
 
     /// Whether the connection goes on.
-    fn turn(&mut self, id: ConnectionId, calls: &mut Vec<Call>) -> bool {
-        self.again = false;
+    fn turn(&mut self, id: ConnectionId, ready: &Ready, calls: &mut Vec<Call>) -> bool {
+        let again = std::mem::take(&mut self.again);
+        if !again && !ready.has(&self.socket) {
+            return true;
+        }
         if !self.flush() {
             return false;
         }

@@ -97,12 +97,12 @@ fn members(spec: &InitramfsSpec, init_length: u64) -> Vec<Member<'_>> {
     members
 }
 
-/// Builds the archive at the end of low memory, above the kernel's end.
+/// Builds the archive at the end of low memory. Whether the kernel leaves it that much is for the caller to see,
+/// who may be loading it meanwhile.
 pub(super) fn load(
     memory: &GuestMemory,
     initramfs: &InitramfsSpec,
     mut init: Opened,
-    kernel_end: u64,
     spec: &ValidSpec,
 ) -> Result<Ramdisk, BootError> {
     // Whoever opened an inherited file may have left its position anywhere.
@@ -115,7 +115,7 @@ pub(super) fn load(
         .fold(0u64, |sum, member| sum.saturating_add(member.length()));
     let low_memory = spec.memory_bytes().min(layout::HOLE_START);
     let address = match low_memory.checked_sub(length) {
-        Some(start) if start & !(PAGE - 1) >= kernel_end => start & !(PAGE - 1),
+        Some(start) if start & !(PAGE - 1) >= layout::HIGH_MEMORY => start & !(PAGE - 1),
         _ => {
             return Err(BootError::InitramfsDoesNotFit {
                 length,

@@ -1,16 +1,16 @@
 //! Loads an uncompressed ELF kernel.
 //!
-//! linux-loader does the loading; here the headers are checked first, so that a file that cannot work
-//! is refused with a sentence before guest memory is touched.
+//! The headers are read once, into host types, and checked against the file and the guest's memory before
+//! any of it is touched: a file that cannot work is refused with a sentence. What was checked is what is
+//! loaded, even from a file that somebody changes meanwhile.
 #![forbid(unsafe_code)]
 
-use std::ops::Range;
+use std::io::{Seek, SeekFrom};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use linux_loader::elf::{self, Elf64_Ehdr, Elf64_Phdr};
-use linux_loader::loader::{Elf, KernelLoader};
-use vm_memory::ByteValued;
+use vm_memory::{ByteValued, Bytes, GuestAddress};
 
 use crate::vmm::boot::{BootError, length};
 use crate::vmm::files::Opened;
@@ -18,8 +18,10 @@ use crate::vmm::layout::{HIGH_MEMORY, IDENTITY_MAPPED};
 use crate::vmm::memory::{self, GuestMemory};
 use crate::vmm::spec::ValidSpec;
 
-/// `e_ident[EI_CLASS]` of a 64-bit file (ELF specification, figure 4-6).
+/// `e_ident[EI_CLASS]` of a 64-bit file and `e_ident[EI_DATA]` of a little-endian one (ELF specification,
+/// figure 4-6).
 const ELFCLASS64: u8 = 2;
+const ELFDATA2LSB: u8 = 1;
 /// `e_machine` of x86_64 (System V ABI, AMD64 supplement, section 4.1).
 const EM_X86_64: u16 = 62;
 /// More program headers than any kernel has.
@@ -27,11 +29,18 @@ const MAX_SEGMENTS: u16 = 64;
 
 /// A loaded kernel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct LoadedKernel {
+pub struct LoadedKernel {
     /// Guest-physical address of the first instruction.
     pub(super) entry: u64,
     /// The byte after the kernel, its bss included.
     pub(super) end: u64,
+}
+
+/// What the headers say, checked.
+struct Image {
+    entry: u64,
+    /// What is loaded: at least the segment with the entry point.
+    segments: Vec<Elf64_Phdr>,
 }
 
 /// Checks and loads the kernel.
@@ -40,43 +49,56 @@ pub(super) fn load(
     kernel: &mut Opened,
     spec: &ValidSpec,
 ) -> Result<LoadedKernel, BootError> {
-    let filled = check(kernel, spec)?;
-    memory::prefer_huge_pages(memory, filled.start, filled.end);
-    let loaded = Elf::load(memory, None, &mut kernel.file, None)
-        .map_err(|error| BootError::Load(kernel.path.clone(), error))?;
-    Ok(LoadedKernel {
-        entry: loaded.kernel_load.0,
-        end: loaded.kernel_end,
-    })
+    let Image { entry, segments } = check(kernel, spec)?;
+    let (mut first, mut filled, mut end) = (u64::MAX, 0, 0);
+    for segment in &segments {
+        first = first.min(segment.p_paddr);
+        filled = filled.max(segment.p_paddr + segment.p_filesz);
+        end = end.max(segment.p_paddr + segment.p_memsz);
+    }
+    // Gaps between segments included: they are the kernel's too.
+    memory::prefer_huge_pages(memory, first, filled);
+    for segment in &segments {
+        copy(memory, kernel, segment)?;
+    }
+    Ok(LoadedKernel { entry, end })
 }
 
-/// Returns what of guest memory the file fills, gaps between segments included.
-fn check(kernel: &Opened, spec: &ValidSpec) -> Result<Range<u64>, BootError> {
+/// The rest of a segment, its bss, is zero already: nobody has written to guest memory.
+fn copy(memory: &GuestMemory, kernel: &mut Opened, segment: &Elf64_Phdr) -> Result<(), BootError> {
+    let failed = |error| BootError::Read(kernel.path.clone(), error);
+    let (at, length) = (GuestAddress(segment.p_paddr), segment.p_filesz as usize);
+    let start = SeekFrom::Start(segment.p_offset);
+    kernel.file.seek(start).map_err(failed)?;
+    memory
+        .read_exact_volatile_from(at, &mut kernel.file, length)
+        .map_err(|error| failed(std::io::Error::other(error)))
+}
+
+fn check(kernel: &Opened, spec: &ValidSpec) -> Result<Image, BootError> {
     let file = HeaderReader {
         kernel,
         length: length(&kernel.file, &kernel.path)?,
     };
-    let header: Elf64_Ehdr = file.read(0)?;
+    let header = file.header()?;
     check_header(&header, &kernel.path)?;
+    let mut segments = file.segments(&header)?;
+    segments.retain(|segment| segment.p_type == elf::PT_LOAD && segment.p_memsz > 0);
     let mut entry_is_loaded = false;
-    let (mut first, mut after) = (u64::MAX, 0);
-    for index in 0..u64::from(header.e_phnum) {
-        let offset = index * size_of::<Elf64_Phdr>() as u64;
-        let segment: Elf64_Phdr = file.read(header.e_phoff.saturating_add(offset))?;
-        if segment.p_type != elf::PT_LOAD || segment.p_memsz == 0 {
-            continue;
-        }
+    for segment in &segments {
         file.check_length(segment.p_offset.saturating_add(segment.p_filesz))?;
-        check_place(&segment, &kernel.path, spec)?;
+        check_place(segment, &kernel.path, spec)?;
         let place = segment.p_paddr..segment.p_paddr + segment.p_filesz;
         entry_is_loaded |= place.contains(&header.e_entry);
-        (first, after) = (first.min(place.start), after.max(place.end));
     }
     if !entry_is_loaded {
         let reason = "its entry point is in no segment";
         return Err(BootError::NotElf(kernel.path.clone(), reason));
     }
-    Ok(first..after)
+    Ok(Image {
+        entry: header.e_entry,
+        segments,
+    })
 }
 
 fn check_header(header: &Elf64_Ehdr, path: &Path) -> Result<(), BootError> {
@@ -84,6 +106,8 @@ fn check_header(header: &Elf64_Ehdr, path: &Path) -> Result<(), BootError> {
         "its first bytes say so"
     } else if header.e_ident[elf::EI_CLASS] != ELFCLASS64 {
         "it is a 32-bit file"
+    } else if header.e_ident[elf::EI_DATA] != ELFDATA2LSB {
+        "it is big-endian"
     } else if header.e_machine != EM_X86_64 {
         "it is for another architecture"
     } else if header.e_phnum == 0 || header.e_phnum > MAX_SEGMENTS {
@@ -140,14 +164,29 @@ impl HeaderReader<'_> {
         Ok(())
     }
 
-    fn read<T: ByteValued + Default>(&self, offset: u64) -> Result<T, BootError> {
-        self.check_length(offset.saturating_add(size_of::<T>() as u64))?;
-        let mut value = T::default();
-        let path = &self.kernel.path;
-        match self.kernel.file.read_exact_at(value.as_mut_slice(), offset) {
-            Ok(()) => Ok(value),
-            Err(error) => Err(BootError::Read(path.clone(), error)),
-        }
+    fn header(&self) -> Result<Elf64_Ehdr, BootError> {
+        let mut header = Elf64_Ehdr::default();
+        self.read(header.as_mut_slice(), 0)?;
+        Ok(header)
+    }
+
+    /// All program headers, in one read.
+    fn segments(&self, header: &Elf64_Ehdr) -> Result<Vec<Elf64_Phdr>, BootError> {
+        const SIZE: usize = size_of::<Elf64_Phdr>();
+        let mut bytes = vec![0; usize::from(header.e_phnum) * SIZE];
+        self.read(&mut bytes, header.e_phoff)?;
+        let parse = |bytes: &[u8]| {
+            let mut segment = Elf64_Phdr::default();
+            segment.as_mut_slice().copy_from_slice(bytes);
+            segment
+        };
+        Ok(bytes.chunks_exact(SIZE).map(parse).collect())
+    }
+
+    fn read(&self, bytes: &mut [u8], offset: u64) -> Result<(), BootError> {
+        self.check_length(offset.saturating_add(bytes.len() as u64))?;
+        let read = self.kernel.file.read_exact_at(bytes, offset);
+        read.map_err(|error| BootError::Read(self.kernel.path.clone(), error))
     }
 }
 

@@ -2,8 +2,8 @@
 //! boot parameters, the MP table and the tables that put the CPU into 64-bit mode (Linux's "64-bit boot
 //! protocol", Documentation/x86/boot.rst).
 //!
-//! All of it only needs guest memory, not the VM: the thread that loads runs beside the one that talks
-//! to KVM, whose calls sleep.
+//! All of it needs guest memory alone, not the VM, and the kernel and the rest do not need each other: one
+//! thread loads the kernel, while another talks to KVM and then writes the rest.
 #![forbid(unsafe_code)]
 
 pub mod cmdline;
@@ -23,6 +23,9 @@ use crate::vmm::layout;
 use crate::vmm::memory::GuestMemory;
 use crate::vmm::spec::ValidSpec;
 
+use initramfs::Ramdisk;
+
+pub use kernel::LoadedKernel;
 pub use tables::start_sregs;
 
 /// Why the guest's memory could not be filled. The sentences name the file.
@@ -78,9 +81,6 @@ pub enum BootError {
     /// A file could not be read, or changed while it was read.
     #[error("cannot read {0}: {1}")]
     Read(PathBuf, std::io::Error),
-    /// The library that loads the kernel refused it.
-    #[error("cannot load the kernel {0}: {1}")]
-    Load(PathBuf, linux_loader::loader::Error),
     /// A table could not be written into guest memory.
     #[error("cannot write the guest's boot tables: {0}")]
     Memory(#[from] vm_memory::GuestMemoryError),
@@ -88,8 +88,10 @@ pub enum BootError {
 
 /// What is loaded: opened before anything costly happens.
 pub struct BootFiles {
-    kernel: Opened,
-    init: Option<Opened>,
+    /// The kernel.
+    pub kernel: Opened,
+    /// The guest's first program, if it has an initramfs.
+    pub init: Option<Opened>,
 }
 
 impl BootFiles {
@@ -111,28 +113,58 @@ impl BootFiles {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct EntryPoint(pub u64);
 
-/// Fills guest memory: all that the first vCPU needs to start at the address returned.
+/// Loads the kernel.
 ///
 /// # Errors
 /// [`BootError`]; the memory's content is then undefined.
-pub fn load(
+pub fn load_kernel(
     memory: &GuestMemory,
     spec: &ValidSpec,
-    files: BootFiles,
-) -> Result<EntryPoint, BootError> {
-    let BootFiles { mut kernel, init } = files;
-    let loaded = kernel::load(memory, &mut kernel, spec)?;
+    mut kernel: Opened,
+) -> Result<LoadedKernel, BootError> {
+    kernel::load(memory, &mut kernel, spec)
+}
+
+/// Writes everything else that the first vCPU needs.
+///
+/// # Errors
+/// [`BootError`]; the memory's content is then undefined.
+pub fn load_rest(
+    memory: &GuestMemory,
+    spec: &ValidSpec,
+    init: Option<Opened>,
+) -> Result<Rest, BootError> {
     let ramdisk = match (&spec.initramfs, init) {
-        (Some(initramfs), Some(init)) => {
-            Some(initramfs::load(memory, initramfs, init, loaded.end, spec)?)
-        }
+        (Some(initramfs), Some(init)) => Some(initramfs::load(memory, initramfs, init, spec)?),
         _ => None,
     };
     write_command_line(memory, spec)?;
     params::write(memory, spec.memory_bytes(), ramdisk)?;
     mptable::write(memory, spec)?;
     tables::write(memory)?;
-    Ok(EntryPoint(loaded.entry))
+    Ok(Rest { ramdisk })
+}
+
+/// What is in guest memory beside the kernel.
+#[derive(Debug, Clone, Copy)]
+pub struct Rest {
+    ramdisk: Option<Ramdisk>,
+}
+
+impl Rest {
+    /// Where the first vCPU starts, with that kernel beside the rest.
+    ///
+    /// # Errors
+    /// The two lie upon each other: the memory is too small.
+    pub fn entry(&self, kernel: LoadedKernel, spec: &ValidSpec) -> Result<EntryPoint, BootError> {
+        match self.ramdisk {
+            Some(ramdisk) if ramdisk.address < kernel.end => Err(BootError::InitramfsDoesNotFit {
+                length: ramdisk.length,
+                memory_mib: spec.memory_mib,
+            }),
+            _ => Ok(EntryPoint(kernel.entry)),
+        }
+    }
 }
 
 fn write_command_line(memory: &GuestMemory, spec: &ValidSpec) -> Result<(), BootError> {

@@ -23,20 +23,14 @@ fn spec(memory_mib: u32, files: &[(&str, &str)]) -> ValidSpec {
     spec.validate(HostLimits { memory: 1 << 40 }).unwrap()
 }
 
-fn build(spec: &ValidSpec, init: &[u8], kernel_end: u64) -> Result<Vec<u8>, BootError> {
+fn build(spec: &ValidSpec, init: &[u8]) -> Result<Vec<u8>, BootError> {
     let mut file = tempfile::NamedTempFile::new().unwrap();
     file.write_all(init).unwrap();
     let init = Opened::for_reading(&FileSource::Path(file.path().into()), "init").unwrap();
     let memory = memory::allocate(spec.memory_bytes(), false).unwrap();
-    let ramdisk = load(
-        &memory,
-        spec.initramfs.as_ref().unwrap(),
-        init,
-        kernel_end,
-        spec,
-    )?;
+    let ramdisk = load(&memory, spec.initramfs.as_ref().unwrap(), init, spec)?;
     assert_eq!(ramdisk.address % PAGE, 0);
-    assert!(ramdisk.address >= kernel_end);
+    assert!(ramdisk.address >= layout::HIGH_MEMORY);
     let mut archive = vec![0; ramdisk.length as usize];
     memory
         .read_slice(&mut archive, GuestAddress(ramdisk.address))
@@ -75,7 +69,7 @@ fn the_archive_holds_init_and_the_files_with_their_directories() {
         4,
         &[("cube/pod.json", "{}"), ("cube/deep/er", "x"), ("top", "")],
     );
-    let found = parse(&build(&spec, INIT, 1 << 20).unwrap());
+    let found = parse(&build(&spec, INIT).unwrap());
     let expected = [
         ("cube", DIRECTORY, b"".as_slice()),
         ("cube/deep", DIRECTORY, b""),
@@ -91,7 +85,7 @@ fn the_archive_holds_init_and_the_files_with_their_directories() {
 
 #[test]
 fn cpio_reads_the_archive() {
-    let archive = build(&spec(4, &[("cube/pod.json", "{}")]), INIT, 1 << 20).unwrap();
+    let archive = build(&spec(4, &[("cube/pod.json", "{}")]), INIT).unwrap();
     let mut cpio = Command::new("cpio")
         .args(["--list", "--quiet"])
         .stdin(Stdio::piped())
@@ -108,12 +102,29 @@ fn cpio_reads_the_archive() {
 }
 
 #[test]
-fn what_does_not_fit_beside_the_kernel_is_refused() {
-    let error = build(&spec(2, &[]), &vec![0; 1 << 20], 1 << 20)
+fn what_does_not_fit_into_memory_is_refused() {
+    let error = build(&spec(2, &[]), &vec![0; 1 << 20])
         .unwrap_err()
         .to_string();
     assert!(error.contains("does not fit into 2 MiB"), "{error}");
-    build(&spec(3, &[]), &vec![0; 1 << 20], 1 << 20).unwrap();
+    build(&spec(3, &[]), &vec![0; 1 << 20]).unwrap();
+}
+
+#[test]
+fn a_kernel_that_reaches_into_it_is_refused() {
+    use crate::vmm::boot::{EntryPoint, LoadedKernel, Rest};
+    let ramdisk = Ramdisk {
+        address: 0x20_0000,
+        length: 7,
+    };
+    let entry = |end| {
+        let ramdisk = Some(ramdisk);
+        let kernel = LoadedKernel { entry: 5, end };
+        Rest { ramdisk }.entry(kernel, &spec(4, &[]))
+    };
+    assert_eq!(entry(0x20_0000).unwrap(), EntryPoint(5));
+    let error = entry(0x20_0001).unwrap_err().to_string();
+    assert!(error.contains("7 bytes does not fit into 4 MiB"), "{error}");
 }
 
 proptest::proptest! {
@@ -124,7 +135,7 @@ proptest::proptest! {
             .filter(|(name, _)| *name != "init")
             .map(|(name, content)| (name.as_str(), content.as_str()))
             .collect();
-        let found = parse(&build(&spec(4, &files), INIT, 1 << 20).unwrap());
+        let found = parse(&build(&spec(4, &files), INIT).unwrap());
         proptest::prop_assert_eq!(found.len(), files.len() + 1);
         for (name, content) in files {
             proptest::prop_assert_eq!(&found[name].1, content.as_bytes());

@@ -92,6 +92,13 @@ fn what_is_no_kernel_is_refused() {
             .unwrap_err()
             .contains("another architecture")
     );
+    let mut big_endian = image(0x10_0000, 5);
+    big_endian[5] = 2;
+    assert!(
+        load_image(&big_endian, 8)
+            .unwrap_err()
+            .contains("big-endian")
+    );
     let mut entry = image(0x10_0000, 5);
     entry[24] = 0xff;
     assert!(load_image(&entry, 8).unwrap_err().contains("entry point"));
