@@ -31,9 +31,12 @@ fn net(socket: &Path) -> String {
 const ADDRESS: &str =
     "ip -6 -o addr show dev eth0 scope link | sed 's|.*inet6 \\([^/]*\\)/.*|\\1|'";
 
-/// Some of the pings may be too early for an address that is new.
+/// Pings, once the kernel has found that nobody else has its own address.
 fn ping(address: &str) -> String {
-    format!("ping -c 5 -I eth0 {address} > /dev/null && echo reached")
+    format!(
+        "while ip -6 addr show dev eth0 | grep -q tentative; do sleep 0.1; done; \
+         ping -c 5 -I eth0 {address} > /dev/null && echo reached"
+    )
 }
 
 #[test]
