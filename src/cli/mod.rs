@@ -70,7 +70,7 @@ enum Command {
     Import(import::Args),
     Rmi(rmi::Args),
     Net(net::NetCommand),
-    Bench(bench::BenchArgs),
+    Bench(Box<bench::BenchArgs>),
     Completions(completions::CompletionsArgs),
     /// Print the version.
     Version,

@@ -31,6 +31,7 @@ use super::channel::{Channel, PIECE};
 use super::container::{Container, Exec, now};
 use super::event_log::{EventKind, EventLog};
 use super::feed::Feed;
+use super::interfaces::Interfaces;
 use super::listen::Ports;
 use super::machinery::{self, Machinery};
 use super::pending::Pending;
@@ -81,6 +82,9 @@ pub struct FirstContainer {
     pub slots: Vec<u16>,
     /// Where its output goes.
     pub log_path: PathBuf,
+    /// Whether its standard input ends with its first client.
+    #[serde(default)]
+    pub stdin_once: bool,
 }
 
 /// A pod, supervised.
@@ -97,6 +101,7 @@ pub(crate) struct Supervisor {
     pub(super) uploads: Vec<Upload>,
     pub(super) volumes: BTreeMap<String, Volume>,
     pub(super) addresses: Vec<IpAddr>,
+    pub(super) interfaces: Interfaces,
     pub(super) events: EventLog,
     pub(super) pending: Pending,
     pub(super) feeds: BTreeMap<ConnectionId, Feed>,
@@ -148,9 +153,13 @@ impl Supervisor {
             let first = pod.containers.get(&spec.id);
             let first = first.ok_or_else(|| format!("container {} has no log", spec.id))?;
             let path = first.log_path.clone();
-            let mut container =
-                Container::new(spec.clone(), path.clone(), first.slots.clone(), true)
-                    .map_err(|error| format!("cannot open the log {}: {error}", path.display()))?;
+            let mut container = Container::new(
+                spec.clone(),
+                path.clone(),
+                first.slots.clone(),
+                first.stdin_once,
+            )
+            .map_err(|error| format!("cannot open the log {}: {error}", path.display()))?;
             container.state = ContainerState::Starting;
             containers.insert(spec.id.clone(), container);
         }
@@ -169,6 +178,7 @@ impl Supervisor {
             execs: BTreeMap::new(),
             streams: Vec::new(),
             uploads: Vec::new(),
+            interfaces: Interfaces::default(),
             events: EventLog::default(),
             pending: Pending::default(),
             feeds: BTreeMap::new(),
