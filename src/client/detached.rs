@@ -14,9 +14,6 @@ use super::vmm_process::{Inherited, Messages, start_detached};
 use crate::pod::event_log::{EventKind, PodEventRecord};
 use crate::pod::supervisor::{API_SOCKET, FirstContainer, PodFile, VSOCK_SOCKET};
 
-/// Devices of every pod: vsock and the source of random numbers.
-const FIXED_DEVICES: usize = 2;
-
 /// A pod that was started and may not be ready.
 #[derive(Debug)]
 pub struct Detached {
@@ -90,7 +87,7 @@ impl Detached {
         let mut inherited = Inherited::default();
         let mut spec = machine_spec(request, path.join(VSOCK_SOCKET), &mut inherited)?;
         spec.spare_slots = crate::vmm::layout::MAX_SLOTS
-            .saturating_sub(spec.disks.len() + spec.nets.len() + FIXED_DEVICES)
+            .saturating_sub(spec.slots())
             .try_into()
             .unwrap_or(0);
         let mut others = vec![lock.as_raw_fd(), listener.as_raw_fd()];
