@@ -4,6 +4,7 @@
 
 use cube::pod::api::body::{CreateContainer, CreateExec, Kill, Stop};
 use cube::pod::api::http::{MAX_BODY, MAX_HEAD, Parser};
+use cube::pod::api::volume_body::{CreateVolume, PutFiles};
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|input: (u8, &[u8])| {
@@ -19,6 +20,13 @@ fuzz_target!(|input: (u8, &[u8])| {
                     let _ = request.json::<CreateExec>();
                     let _ = request.json::<Kill>();
                     let _ = request.json::<Stop>();
+                    let _ = request.json::<CreateVolume>();
+                    if let Ok(set) = request.json::<PutFiles>() {
+                        // What may be a Secret is not shown.
+                        let shown = format!("{set:?}");
+                        assert!(shown.len() <= 256 + 4 * bytes.len());
+                    }
+                    let _ = (request.text("path"), request.number("tail"), request.switch("follow"));
                 }
                 Ok(None) => break,
                 // The connection is closed.

@@ -5,10 +5,13 @@
 #![forbid(unsafe_code)]
 
 use std::collections::BTreeMap;
-use std::io;
+use std::io::{self, PipeReader, PipeWriter, Read};
+use std::os::fd::AsRawFd;
 use std::path::Path;
+use std::process::Command;
 use std::time::Duration;
 
+use rustix::io::{FdFlags, fcntl_setfd};
 use rustix::time::{ClockId, clock_gettime};
 use serde::Serialize;
 
@@ -255,15 +258,10 @@ impl Turn<'_> {
         let mut command = self.peer.command(linux, self.directory)?;
         let started = clock_gettime(ClockId::Monotonic);
         let started_ns = started.tv_sec as u64 * 1_000_000_000 + started.tv_nsec as u64;
-        if self.peer.kind == Kind::CubeVmm {
-            // Its own account of its stages, beside what is seen from outside.
-            command.args([
-                "--timeline-fd",
-                "2",
-                "--started-at",
-                &started_ns.to_string(),
-            ]);
-        }
+        let account = match self.peer.kind {
+            Kind::CubeVmm => Some(Account::ask(&mut command, started_ns)?),
+            _ => None,
+        };
         let group = Group::create();
         let running = match measure::start(command, self.directory, self.deadline, group.as_ref()) {
             Ok(running) => running,
@@ -271,8 +269,10 @@ impl Turn<'_> {
         };
         record(self.taken, "boot_to_init_ms", milliseconds(&running));
         let looked = look(running.pid(), linux.memory_mib, group.as_ref(), self.taken);
-        let words = running.stop();
-        self.stages(&words, started_ns);
+        drop(running);
+        if let Some(account) = account {
+            self.stages(&account.read()?, started_ns);
+        }
         Ok(looked.map_err(RunError::Look))
     }
 
@@ -288,6 +288,37 @@ impl Turn<'_> {
                 record(self.taken, &format!("at_{stage}_ms"), at);
             }
         }
+    }
+}
+
+/// `cube-vmm`'s own account of its stages, beside what is seen from outside.
+struct Account {
+    reader: PipeReader,
+    writer: PipeWriter,
+}
+
+impl Account {
+    /// Has `command` write it to a pipe.
+    fn ask(command: &mut Command, started_ns: u64) -> io::Result<Self> {
+        let (reader, writer) = io::pipe()?;
+        fcntl_setfd(&writer, FdFlags::empty())?;
+        let fd = writer.as_raw_fd().to_string();
+        command.args([
+            "--timeline-fd",
+            &fd,
+            "--started-at",
+            &started_ns.to_string(),
+        ]);
+        Ok(Self { reader, writer })
+    }
+
+    /// All of it, once its writer has ended: a few lines, which a pipe holds until then.
+    fn read(self) -> io::Result<String> {
+        let Self { mut reader, writer } = self;
+        drop(writer);
+        let mut text = String::new();
+        reader.read_to_string(&mut text)?;
+        Ok(text)
     }
 }
 

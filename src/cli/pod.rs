@@ -6,7 +6,9 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::{Args, Subcommand};
-use cube_guest::{ContainerSpec, PidNamespace, PodSpec, ProcessSpec, RootFs, SecuritySpec, Stdio};
+use cube_guest::{
+    ContainerSpec, PidNamespace, PodSpec, ProcessSpec, RootFs, SecuritySpec, Stdio, TerminalSize,
+};
 
 use super::failure::Failure;
 use super::image_disks;
@@ -15,7 +17,7 @@ use super::pod_net::{NetArgs, PodNetwork};
 use super::pod_spec::{self, Container};
 use super::process::process;
 use super::size::parse_memory;
-use crate::client::detached::{Detached, DetachedError};
+use crate::client::detached::{Detached, DetachedError, DetachedOptions};
 use crate::client::{Install, PodDisk, PodRequest, base_directory};
 use crate::pod::new_token;
 
@@ -85,6 +87,8 @@ pub(crate) fn run(arguments: PodArgs) -> Result<ExitCode, Failure> {
         .map_err(|error| Failure::usage(format!("{}: {error}", arguments.spec.display())))?;
     let id = pod.metadata.name.clone();
     let (mut disks, mut containers) = (Vec::new(), Vec::new());
+    let of_once = pod.spec.containers.iter().filter(|c| c.stdin_once);
+    let stdin_once = of_once.map(|container| container.name.clone()).collect();
     for (index, container) in pod.spec.containers.iter().enumerate() {
         let (spec, of_it) = resolve(&arguments, container, index)?;
         disks.extend(of_it);
@@ -121,7 +125,12 @@ pub(crate) fn run(arguments: PodArgs) -> Result<ExitCode, Failure> {
         console: None,
         id: id.clone(),
     };
-    start(&base, request, log_directory, network)?;
+    let with = DetachedOptions {
+        log_directory,
+        stdin_once,
+        network_lock: None,
+    };
+    start(&base, request, with, network)?;
     Ok(print(&format!("{id}\n")))
 }
 
@@ -129,11 +138,12 @@ pub(crate) fn run(arguments: PodArgs) -> Result<ExitCode, Failure> {
 fn start(
     base: &Path,
     request: PodRequest,
-    log_directory: Option<PathBuf>,
+    mut with: DetachedOptions,
     network: Option<PodNetwork>,
 ) -> Result<(), Failure> {
     let lock = network.as_ref().map(PodNetwork::lock_copy).transpose()?;
-    let started = Detached::start(base, request, log_directory, lock.flatten());
+    with.network_lock = lock.flatten();
+    let started = Detached::start(base, request, with);
     let ready = started
         .map_err(DetachedError::from)
         .and_then(Detached::wait_ready);
@@ -172,12 +182,7 @@ fn resolve(
         of_image.command = Vec::new();
     }
     let process = process(image, of_image, options, |_| None).map_err(Failure::usage)?;
-    let token = || new_token().map_err(Failure::new);
-    let stdio = Stdio::Pipes {
-        stdin: None,
-        stdout: Some(token()?),
-        stderr: Some(token()?),
-    };
+    let stdio = stdio(container).map_err(Failure::new)?;
     let context = &container.security_context;
     let [image, writable] = image_disks::serials(index);
     let spec = ContainerSpec {
@@ -200,4 +205,22 @@ fn resolve(
         ..ContainerSpec::default()
     };
     Ok((spec, resolved.disks))
+}
+
+/// The streams of a container: a terminal has the size of the first client's window once there is one.
+fn stdio(container: &Container) -> io::Result<Stdio> {
+    if container.tty {
+        return Ok(Stdio::Terminal {
+            token: new_token()?,
+            size: TerminalSize {
+                rows: 24,
+                columns: 80,
+            },
+        });
+    }
+    Ok(Stdio::Pipes {
+        stdin: container.stdin.then(new_token).transpose()?,
+        stdout: Some(new_token()?),
+        stderr: Some(new_token()?),
+    })
 }

@@ -59,6 +59,14 @@ pub(crate) struct Container {
     env: Vec<Variable>,
     #[serde(default)]
     working_dir: Option<String>,
+    /// Whether it has a standard input, and whether that ends with its first client.
+    #[serde(default)]
+    pub(crate) stdin: bool,
+    #[serde(default)]
+    pub(crate) stdin_once: bool,
+    /// Whether it has a terminal.
+    #[serde(default)]
+    pub(crate) tty: bool,
     #[serde(default)]
     resources: ResourceRequirements,
     #[serde(default)]
@@ -277,6 +285,8 @@ spec:
     command: [sh, -c]
     args: ['echo $WORD']
     env: [{ name: WORD, value: hunter2 }]
+    stdin: true
+    stdinOnce: true
     resources: { limits: { cpu: 500m, memory: 64Mi } }
     securityContext: { runAsUser: 7, runAsGroup: 8, readOnlyRootFilesystem: true }
 ";
@@ -288,6 +298,7 @@ spec:
         let (command, options) = container.options();
         assert_eq!(command, ["sh", "-c"]);
         assert_eq!(options.env, ["WORD=hunter2"]);
+        assert!(container.stdin && container.stdin_once && !container.tty);
         assert_eq!(options.user.as_deref(), Some("7:8"));
         let resources = container.resources().unwrap();
         assert_eq!(resources.memory_max, Some(64 << 20));

@@ -1,7 +1,7 @@
 //! A pod that outlives the command that started it: its process owns its directory and serves its API.
 #![forbid(unsafe_code)]
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::BufRead;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixListener;
@@ -22,6 +22,17 @@ pub struct Detached {
     messages: Messages,
 }
 
+/// What a pod in the background has beside its machine and its guest.
+#[derive(Debug, Default)]
+pub struct DetachedOptions {
+    /// Where the logs go; absent: the pod's own directory, and they go with it.
+    pub log_directory: Option<PathBuf>,
+    /// The containers whose standard input ends with its first client.
+    pub stdin_once: BTreeSet<String>,
+    /// The lock of its network: its process holds it for as long as it lives.
+    pub network_lock: Option<OwnedFd>,
+}
+
 /// It did not become a running pod.
 #[derive(Debug, thiserror::Error)]
 pub enum DetachedError {
@@ -37,27 +48,25 @@ pub enum DetachedError {
 }
 
 impl Detached {
-    /// Starts a pod whose `request.disks` are two for each container of `request.guest`, in order. The logs
-    /// go to `log_directory`, or the pod's own directory. The process holds `network_lock` for as long as it
-    /// lives.
+    /// Starts a pod whose `request.disks` are two for each container of `request.guest`, in order.
     ///
     /// # Errors
     /// Anything on the host's side; nothing is left behind.
     pub fn start(
         base: &Path,
         request: PodRequest,
-        log_directory: Option<PathBuf>,
-        network_lock: Option<OwnedFd>,
+        options: DetachedOptions,
     ) -> Result<Self, PodError> {
         let directory = RunDir::create(base, &request.id)?;
         let path = directory.path().to_owned();
-        let log_directory = log_directory.as_ref().unwrap_or(&path);
+        let log_directory = options.log_directory.as_ref().unwrap_or(&path);
         let listener = UnixListener::bind(path.join(API_SOCKET))?;
         let containers = &request.guest.containers;
         let first = (0_u16..).zip(containers).map(|(index, container)| {
             let first = FirstContainer {
                 slots: vec![index * 2, index * 2 + 1],
                 log_path: log_directory.join(format!("{}.log", container.id)),
+                stdin_once: options.stdin_once.contains(&container.id),
             };
             (container.id.clone(), first)
         });
@@ -68,7 +77,7 @@ impl Detached {
             directory: path.clone(),
             lock_fd: lock.as_raw_fd(),
             api_fd: listener.as_raw_fd(),
-            network_lock_fd: network_lock.as_ref().map(AsRawFd::as_raw_fd),
+            network_lock_fd: options.network_lock.as_ref().map(AsRawFd::as_raw_fd),
             guest: request.guest.clone(),
             containers: first,
         };
@@ -78,7 +87,7 @@ impl Detached {
         let mut inherited = Inherited::default();
         let mut spec = machine_spec(request, path.join(VSOCK_SOCKET), &mut inherited)?;
         spec.spare_slots = crate::vmm::layout::MAX_SLOTS
-            .saturating_sub(spec.disks.len() + 2)
+            .saturating_sub(spec.slots())
             .try_into()
             .unwrap_or(0);
         let mut others = vec![lock.as_raw_fd(), listener.as_raw_fd()];
@@ -111,7 +120,7 @@ impl Detached {
 
     fn follow_start(&self) -> Result<bool, ApiError> {
         let events = self.api.follow("/v1/events?follow=1")?;
-        let (mut ready, mut begun) = (false, std::collections::BTreeSet::new());
+        let (mut ready, mut begun) = (false, BTreeSet::new());
         for line in events.lines() {
             let event: PodEventRecord = serde_json::from_str(&line?)?;
             match (event.kind, event.container) {

@@ -25,6 +25,9 @@ const KEEP_MESSAGES: usize = 16 << 10;
 /// How much of its timeline is kept, in bytes.
 const KEEP_TIMELINE: usize = 64 << 10;
 
+/// Blocks of so many bytes or more go back to the system when they are freed: glibc's own first value.
+const MMAP_THRESHOLD: &str = "131072";
+
 /// `cube-vmm` cannot be started.
 #[derive(Debug, thiserror::Error)]
 pub enum VmmError {
@@ -246,6 +249,9 @@ pub(crate) fn start_detached(
         .stdin(Stdio::null())
         .stdout(Stdio::null())
         .stderr(messages.try_clone()?);
+    // glibc raises this by itself to the largest block that was freed, and then keeps such blocks: a set of files
+    // that was pushed once would cost the pod its size for ever (mallopt(3), M_MMAP_THRESHOLD).
+    command.env("MALLOC_MMAP_THRESHOLD_", MMAP_THRESHOLD);
     let given = [("--spec-fd", &spec_file), ("--pod-fd", &pod_file)];
     for (option, file) in given {
         command.args([option, &file.as_raw_fd().to_string()]);

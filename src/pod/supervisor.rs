@@ -82,6 +82,9 @@ pub struct FirstContainer {
     pub slots: Vec<u16>,
     /// Where its output goes.
     pub log_path: PathBuf,
+    /// Whether its standard input ends with its first client.
+    #[serde(default)]
+    pub stdin_once: bool,
 }
 
 /// A pod, supervised.
@@ -150,9 +153,13 @@ impl Supervisor {
             let first = pod.containers.get(&spec.id);
             let first = first.ok_or_else(|| format!("container {} has no log", spec.id))?;
             let path = first.log_path.clone();
-            let mut container =
-                Container::new(spec.clone(), path.clone(), first.slots.clone(), true)
-                    .map_err(|error| format!("cannot open the log {}: {error}", path.display()))?;
+            let mut container = Container::new(
+                spec.clone(),
+                path.clone(),
+                first.slots.clone(),
+                first.stdin_once,
+            )
+            .map_err(|error| format!("cannot open the log {}: {error}", path.display()))?;
             container.state = ContainerState::Starting;
             containers.insert(spec.id.clone(), container);
         }

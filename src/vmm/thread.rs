@@ -6,7 +6,8 @@ use std::io;
 
 use crate::vmm::seccomp;
 
-/// Stack of the threads that this VMM starts, in bytes; untouched pages cost nothing.
+/// Stack of the threads that this VMM starts, in bytes. Untouched pages cost nothing, as long as it is smaller than a
+/// huge page: of a stack of 2 MiB, Rust's default, the first touch can cost all.
 pub const STACK: usize = 256 << 10;
 
 /// What a thread does, and so what it may ask of the kernel.

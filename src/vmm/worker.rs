@@ -28,6 +28,7 @@ use std::thread::JoinHandle;
 use rustix::event::{EventfdFlags, eventfd};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
+use crate::vmm::thread;
 use crate::vmm::virtio::{Active, HostError, Interest, RESUME};
 
 /// Events taken from epoll at a time.
@@ -119,7 +120,9 @@ impl Worker {
         let failed = Arc::new(Wake::new()?);
         let event_loop = EventLoop::new(inbox, wake.clone(), report.clone(), failed.clone())?;
         let (started, wait) = sync_channel(1);
-        let thread = std::thread::Builder::new().name(name.to_owned());
+        let thread = std::thread::Builder::new()
+            .name(name.to_owned())
+            .stack_size(thread::STACK);
         let thread = thread.spawn(move || {
             let hooked = hook();
             let refused = hooked.is_err();

@@ -3,6 +3,7 @@
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
 use std::process::Stdio;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use cube::pod::api::body::PodStatus;
 use rustix::process::{Pid, Signal};
@@ -143,6 +144,13 @@ fn a_forwarded_port_leads_into_the_pod_without_a_network() {
     pod.machine.assert_nothing_left();
 }
 
+/// There is one host, with one port 18081 and one network namespace for a pod `p`.
+static HOST: Mutex<()> = Mutex::new(());
+
+fn host() -> MutexGuard<'static, ()> {
+    HOST.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 /// A pod that serves at port 18081 of the host, on the network that Cube brings.
 fn networked() -> Background {
     let machine = machine()
@@ -165,6 +173,7 @@ fn assert_no_network_left(pod: &Background) {
 
 #[test]
 fn a_pod_in_the_background_has_a_network_until_it_is_stopped() {
+    let _host = host();
     let pod = networked();
     let status: PodStatus = pod.api.get("/v1/pod").unwrap();
     let [v4, v6] = status.addresses[..] else {
@@ -193,6 +202,7 @@ fn a_pod_in_the_background_has_a_network_until_it_is_stopped() {
 
 #[test]
 fn the_network_of_a_killed_pod_is_undone_by_the_next_command() {
+    let _host = host();
     let pod = networked();
     kill(pod.pid());
     pod.assert_swept();

@@ -461,3 +461,59 @@ fn a_seccomp_profile_is_compiled_for_the_guest() {
     assert!(matches!(started, Some(cube_guest::Seccomp::Programs(p)) if p.len() == 1));
     pod.stop();
 }
+
+#[test]
+fn forwarded_ports_are_connections_of_their_own() {
+    let pod = TestPod::start();
+    let ask = |number: usize| {
+        let mut port = pod.api.upgrade("/v1/ports/80").unwrap();
+        port.write_all(format!("{number}\n").as_bytes()).unwrap();
+        let mut answer = String::new();
+        port.read_to_string(&mut answer).unwrap();
+        assert_eq!(answer, format!("got {number}\n"));
+    };
+    (0..100).for_each(ask);
+    thread::scope(|scope| {
+        for number in 0..40 {
+            scope.spawn(move || ask(number));
+        }
+    });
+    let refused = pod.api.upgrade("/v1/ports/81").unwrap_err();
+    assert_eq!(refused.to_string(), "nobody listens");
+    assert!(
+        pod.api
+            .upgrade("/v1/ports/0")
+            .unwrap_err()
+            .to_string()
+            .contains("1 to 65535")
+    );
+    pod.stop();
+}
+
+#[test]
+fn many_cycles_leave_no_descriptor_open() {
+    let pod = TestPod::start();
+    pod.slots
+        .given
+        .store(usize::from(fake_agent::NO_DRIVER) + 1, Ordering::SeqCst);
+    let cycle = || {
+        pod.create("c", &["say", "words"]).unwrap();
+        pod.post("/v1/containers/c/start", json!({})).unwrap();
+        let _: Exit = pod.api.get("/v1/containers/c/wait").unwrap();
+        let path = "/v1/containers/c";
+        pod.api.call::<()>("DELETE", path, &json!({})).unwrap();
+    };
+    // All of it is in this process: the supervisor, the agent, the client.
+    let count = || {
+        // When this is answered, the connections before it are closed.
+        let held = pod.api.follow("/v1/events?follow=1").unwrap();
+        let count = std::fs::read_dir("/proc/self/fd").unwrap().count();
+        drop(held);
+        count
+    };
+    cycle();
+    let before = count();
+    (0..300).for_each(|_| cycle());
+    assert_eq!(count(), before);
+    pod.stop();
+}

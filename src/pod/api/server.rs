@@ -328,3 +328,6 @@ impl Connection {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

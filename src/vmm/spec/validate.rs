@@ -81,22 +81,18 @@ impl ValidSpec {
     pub fn shares_memory(&self) -> bool {
         self.nets.iter().any(|net| net.socket.is_some())
     }
-
-    /// Number of virtio-mmio slots, the spare ones included.
-    pub fn slots(&self) -> usize {
-        slots(self)
-    }
-}
-
-fn slots(spec: &MachineSpec) -> usize {
-    spec.disks.len()
-        + spec.nets.len()
-        + usize::from(spec.vsock.is_some())
-        + usize::from(spec.rng)
-        + usize::from(spec.spare_slots)
 }
 
 impl MachineSpec {
+    /// Number of virtio-mmio slots: one for each device, and the spare ones.
+    pub fn slots(&self) -> usize {
+        self.disks.len()
+            + self.nets.len()
+            + usize::from(self.vsock.is_some())
+            + usize::from(self.rng)
+            + usize::from(self.spare_slots)
+    }
+
     /// Reads a spec from its JSON text. Unknown fields are errors.
     ///
     /// # Errors
@@ -124,7 +120,7 @@ impl MachineSpec {
         if let Some(vsock) = &self.vsock {
             check_vsock(vsock)?;
         }
-        let slots = slots(&self);
+        let slots = self.slots();
         if slots > layout::MAX_SLOTS {
             let most = layout::MAX_SLOTS;
             let fault_text = format!(
@@ -157,7 +153,7 @@ fn check_command_line(spec: &MachineSpec) -> Result<(), SpecError> {
             format!("contains {odd:?}; only printable ASCII is allowed"),
         );
     }
-    let whole = cmdline::command_line(spec, slots(spec)).len();
+    let whole = cmdline::command_line(spec, spec.slots()).len();
     if whole > layout::COMMAND_LINE_MAX {
         let most = layout::COMMAND_LINE_MAX;
         let text =

@@ -205,6 +205,26 @@ fn the_hook_runs_on_the_thread_and_its_refusal_is_the_start_s() {
     );
 }
 
+#[test]
+fn the_stack_is_too_small_for_a_huge_page() {
+    let (size, seen) = channel();
+    let worker = Worker::spawn("small", move || {
+        let here = std::ptr::from_ref(&size).addr();
+        let maps = std::fs::read_to_string("/proc/self/maps")?;
+        let range = |line: &str| {
+            let (start, end) = line.split(' ').next()?.split_once('-')?;
+            let parse = |text| usize::from_str_radix(text, 16).ok();
+            Some(parse(start)?..parse(end)?)
+        };
+        let mut stacks = maps.lines().filter_map(range);
+        let stack = stacks.find(|range| range.contains(&here)).unwrap();
+        size.send(stack.len()).unwrap();
+        Ok(())
+    });
+    assert!(worker.is_ok());
+    assert!(seen.recv().unwrap() < 2 << 20);
+}
+
 fn wait_readable(fd: BorrowedFd<'_>) {
     let mut poll = [rustix::event::PollFd::new(
         &fd,

@@ -1,7 +1,7 @@
 //! An agent whose containers and execs end by themselves, unless they are to `stay`.
 
 use std::collections::BTreeMap;
-use std::io::{self, Read, Write};
+use std::io::{self, BufRead, BufReader, Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -160,6 +160,17 @@ impl FakeAgent {
                 dial(&self.vsock, token)
                     .write_all(&CONTENT[from..])
                     .unwrap();
+            }
+            HostRequest::Forward { port: 81, .. } => self.reply(id, Err("nobody listens".into())),
+            HostRequest::Forward { token, .. } => {
+                self.reply(id, Ok(Answer::Done));
+                let mut stream = dial(&self.vsock, token);
+                // A server that reads a line, answers, and closes without waiting for the client's end.
+                thread::spawn(move || {
+                    let mut line = String::new();
+                    BufReader::new(&stream).read_line(&mut line).unwrap();
+                    stream.write_all(format!("got {line}").as_bytes()).unwrap();
+                });
             }
             HostRequest::Stats => self.reply(id, Ok(Answer::Stats(Box::new(stats())))),
             _ => self.reply(id, Ok(Answer::Done)),
