@@ -525,7 +525,7 @@ fn many_cycles_leave_no_descriptor_open_and_no_memory() {
     (0..1500).for_each(|_| cycle());
     let after = (count(), memory());
     assert_eq!(after.0, before.0);
-    // 64 bytes a cycle would be more.
-    assert!(after.1 <= before.1 + 64, "{before:?} {after:?} KiB");
+    // An event, a container or a request kept each cycle would be more.
+    assert!(after.1 <= before.1 + 256, "{before:?} {after:?} KiB");
     pod.stop();
 }
