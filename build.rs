@@ -9,7 +9,7 @@ use std::path::Path;
 use seccompiler::{TargetArch, compile_from_json};
 
 /// A file each, with one filter of the same name in it.
-const ROLES: [&str; 2] = ["worker", "vcpu"];
+const ROLES: [&str; 3] = ["worker", "vcpu", "vhost_user"];
 
 fn main() -> Result<(), Box<dyn Error>> {
     println!("cargo::rerun-if-changed=resources/seccomp");

@@ -48,7 +48,7 @@ pub use spec::{
 };
 
 /// Version of this protocol; host and guest must agree exactly.
-pub const PROTOCOL_VERSION: u32 = 2;
+pub const PROTOCOL_VERSION: u32 = 3;
 /// Host vsock port for the control connection.
 pub const CONTROL_PORT: u32 = 1024;
 /// Host vsock port for stdio streams.

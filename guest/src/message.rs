@@ -3,6 +3,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::network::InterfaceSpec;
 use crate::spec::{ContainerSpec, ProcessSpec, Resources, TerminalSize, VolumeSpec};
 use crate::stats::PodStats;
 
@@ -31,6 +32,8 @@ pub enum HostRequest {
         /// Number of the slot.
         slot: u16,
     },
+    /// Set up a network interface whose device was bound before. When it is to go, unbind its slot.
+    SetUpInterface(Box<InterfaceSpec>),
     /// Make a volume, for containers that are started later. Answered when it is mounted.
     AddVolume(VolumeSpec),
     /// Unmount a volume that no container uses.

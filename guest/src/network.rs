@@ -2,6 +2,7 @@
 //! pod's containers resolve by.
 #![forbid(unsafe_code)]
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::net::IpAddr;
 use std::str::FromStr;
@@ -21,6 +22,10 @@ pub struct NetworkSpec {
     /// Lines of `/etc/hosts` besides those for localhost and for the pod itself.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub hosts: Vec<HostEntry>,
+    /// Settings of the kernel, set when the interfaces are up: paths below `/proc/sys` that begin with `net/`, and
+    /// their values.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub sysctls: BTreeMap<String, String>,
 }
 
 /// One interface, found by its MAC address.

@@ -1,4 +1,4 @@
-//! The benchmark harness: start-up time and memory footprint, VMM against VMM.
+//! The benchmark harness: start-up time, memory footprint and network, VMM against VMM.
 //!
 //! It looks at every VMM from outside, in the same way, so that nobody has to trust a VMM's own figures:
 //! processes are spawned with their serial port on a pipe, the guest writes one byte there when it runs,
@@ -12,6 +12,7 @@ pub mod density;
 pub mod exits;
 pub mod footprint;
 pub mod measure;
+pub mod network;
 mod page;
 pub mod payload;
 pub mod peers;

@@ -30,7 +30,7 @@ const fn figure(key: &'static str, title: &'static str, unit: &'static str) -> F
 }
 
 /// The figures shown, in order: a table each.
-pub const SHOWN: [&[Figure]; 3] = [
+pub const SHOWN: [&[Figure]; 4] = [
     &[
         figure("vmm_start_ms", "VMM start", "ms"),
         figure("boot_to_init_ms", "Boot to init", "ms"),
@@ -50,6 +50,15 @@ pub const SHOWN: [&[Figure]; 3] = [
         figure("disk_read_ms", "Read 64 MiB of a disk", "ms"),
         figure("layer_write_ms", "Write 64 MiB to a layer", "ms"),
         figure("stdout_ms", "32 MiB of output", "ms"),
+    ],
+    &[
+        figure("net_to_ms_per_gib", "Network, to guest, per GiB", "ms"),
+        figure("net_to_cpu_ms_per_gib", "CPU to guest, per GiB", "ms"),
+        figure("net_to_exits_per_mib", "Exits to guest, per MiB", ""),
+        figure("net_from_ms_per_gib", "Network, from guest, per GiB", "ms"),
+        figure("net_from_cpu_ms_per_gib", "CPU from guest, per GiB", "ms"),
+        figure("net_from_exits_per_mib", "Exits from guest, per MiB", ""),
+        figure("net_ping_ms", "Ping", "ms"),
     ],
 ];
 

@@ -12,6 +12,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use super::failure::{FAILURE, Failure};
 use crate::bench::density::{self, Crowd, Sizes};
 use crate::bench::measure::DEADLINE;
+use crate::bench::network::NetBench;
 use crate::bench::payload::tiny_kernel;
 use crate::bench::peers::{Init, Kind, Machine, Peer, find};
 use crate::bench::plan::{Contender, Rounds, Row, run};
@@ -62,6 +63,13 @@ pub(crate) struct BenchArgs {
     /// Also measure the throughput: of a disk, with --image of a container's writable layer and output.
     #[arg(long, requires = "kernel")]
     throughput: bool,
+    /// Also measure the network of guests with --kernel and this root file system (made by `cargo xtask bench --net`).
+    /// As root: a tap is made in a network namespace.
+    #[arg(long, value_name = "FILE", requires = "kernel")]
+    net_root: Option<PathBuf>,
+    /// Seconds of load in each direction.
+    #[arg(long, value_name = "SECONDS", default_value_t = 5, requires = "net_root", value_parser = clap::value_parser!(u32).range(1..=600))]
+    net_seconds: u32,
     /// Also start that many at once, each with --kernel or --image.
     #[arg(long, value_name = "N,…", value_delimiter = ',', value_parser = clap::value_parser!(u32).range(1..=1000))]
     at_once: Vec<u32>,
@@ -134,6 +142,7 @@ pub(crate) fn bench(arguments: &BenchArgs) -> Result<u8, Failure> {
     let ran = run(&mut rows, rounds, directory.path(), &mut || bar.inc(1));
     bar.finish_and_clear();
     ran.map_err(Failure::new)?;
+    network(arguments, &mut rows, directory.path())?;
     let crowds = crowds(arguments, &rows, directory.path())?;
     let failed = rows.iter().all(|row| row.figures.is_empty());
     let report = Report {
@@ -229,6 +238,25 @@ fn peer(arguments: &BenchArgs, kind: Kind) -> Result<Option<Peer>, Failure> {
     let peer = kind.at(path.clone());
     peer.map(Some)
         .map_err(|error| Failure::new(format_args!("cannot execute {}: {error}", path.display())))
+}
+
+/// The network, where that was asked for.
+fn network(arguments: &BenchArgs, rows: &mut [Row], directory: &Path) -> Result<(), Failure> {
+    let (Some(kernel), Some(root)) = (&arguments.kernel, &arguments.net_root) else {
+        return Ok(());
+    };
+    let bench = NetBench {
+        kernel: absolute(kernel)?,
+        root: absolute(root)?,
+        cpus: arguments.cpus,
+        memory_mib: arguments.memory,
+        seconds: arguments.net_seconds,
+        deadline: Duration::from_secs(arguments.deadline),
+    };
+    let bar = progress(rows.len() as u64 * u64::from(arguments.rounds));
+    let ran = bench.run(rows, arguments.rounds, directory, &mut || bar.inc(1));
+    bar.finish_and_clear();
+    ran.map_err(Failure::new)
 }
 
 /// Many at once, where that was asked for.
@@ -334,12 +362,8 @@ fn with_disk(linux: &Machine, directory: &Path) -> io::Result<Machine> {
 
 /// VMMs run in a directory of their own.
 fn absolute(path: &Path) -> Result<PathBuf, Failure> {
-    fs::canonicalize(path).map_err(|error| {
-        Failure::usage(format_args!(
-            "cannot read the kernel {}: {error}",
-            path.display()
-        ))
-    })
+    fs::canonicalize(path)
+        .map_err(|error| Failure::usage(format_args!("cannot read {}: {error}", path.display())))
 }
 
 fn init_of(binary: &Path, directory: &Path) -> Result<Init, Failure> {

@@ -1,6 +1,7 @@
 //! `--net` and `-p` of `cube run` and `cube pod run`: which network a pod gets, and making it.
 #![forbid(unsafe_code)]
 
+use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::net::IpAddr;
 use std::os::fd::OwnedFd;
@@ -10,7 +11,7 @@ use cube_guest::NetworkSpec;
 use cube_guest::network::{DnsSpec, InterfaceSpec, MacAddress};
 
 use super::failure::Failure;
-use crate::client::{NamedFile, PodNet};
+use crate::client::{NamedFile, PodLink, PodNet};
 use crate::net::attachment::INTERFACE;
 use crate::net::cni::Plugins;
 use crate::net::{Attachment, NetworkConfig, Networks, PortMapping, tap};
@@ -20,13 +21,16 @@ use crate::pod::new_token;
 const MAX_QUEUES: u8 = 8;
 /// Where the base directory keeps the records of networks; hidden from what looks for pods there.
 const RECORDS: &str = ".net";
+/// The MTU of an interface on a switch, in bytes: Ethernet's.
+const DEFAULT_MTU: u32 = 1500;
 /// The largest MTU that the device takes.
 const MAX_MTU: u32 = 65_521;
 
 /// Options about the pod's network.
 #[derive(Debug, clap::Args)]
 pub(crate) struct NetArgs {
-    /// The pod's network: `cni`, `none`, or `tap=NAME` for an interface of yours. [default: `cni` for root,
+    /// The pod's network: `cni`, `none`, `tap=NAME` for an interface of yours, or `vhost-user=SOCKET` for a
+    /// port of a switch such as DPDK's or VPP's. [default: `cni` for root,
     /// where there is a configuration in /etc/cni/net.d or the plug-ins for a bridge of Cube's own; else
     /// `none`]
     #[arg(long, env = "CUBE_NET", hide_env_values = true, value_name = "NETWORK", value_parser = parse_mode)]
@@ -42,6 +46,7 @@ enum Mode {
     None,
     Cni,
     Tap(String),
+    VhostUser(PathBuf),
 }
 
 fn parse_mode(text: &str) -> Result<Mode, String> {
@@ -49,7 +54,8 @@ fn parse_mode(text: &str) -> Result<Mode, String> {
         None if text == "none" => Ok(Mode::None),
         None if text == "cni" => Ok(Mode::Cni),
         Some(("tap", name)) if !name.is_empty() => Ok(Mode::Tap(name.to_owned())),
-        _ => Err("it is `cni`, `none` or `tap=NAME`".to_owned()),
+        Some(("vhost-user", path)) if !path.is_empty() => Ok(Mode::VhostUser(path.into())),
+        _ => Err("it is `cni`, `none`, `tap=NAME` or `vhost-user=SOCKET`".to_owned()),
     }
 }
 
@@ -83,10 +89,15 @@ fn parse_port(text: &str) -> Result<PortMapping, String> {
 pub(crate) struct PodNetwork {
     interface: InterfaceSpec,
     dns: Option<DnsSpec>,
-    queues: Vec<OwnedFd>,
+    link: Link,
     mtu: u16,
-    /// None for a tap of the user's.
+    /// None for a tap or a switch of the user's.
     attachment: Option<Attachment>,
+}
+
+enum Link {
+    Tap(Vec<OwnedFd>),
+    VhostUser(PathBuf),
 }
 
 /// The pod networks recorded under `base`.
@@ -113,12 +124,17 @@ impl PodNetwork {
         let ports = &arguments.publish;
         let config = match &arguments.net {
             Some(Mode::None) => None,
-            Some(Mode::Tap(_)) if !ports.is_empty() => {
+            Some(Mode::Tap(_) | Mode::VhostUser(_)) if !ports.is_empty() => {
                 return Err(Failure::usage(
-                    "-p needs a network by CNI: a tap of yours has your rules",
+                    "-p needs a network by CNI: a tap or a switch of yours has your rules",
                 ));
             }
             Some(Mode::Tap(name)) => return Self::tap(name, queues).map(Some),
+            Some(Mode::VhostUser(path)) => {
+                // The machine looks for it again after it was away, from wherever that was started.
+                let path = std::path::absolute(path).map_err(Failure::new)?;
+                return Self::unconfigured(Link::VhostUser(path), DEFAULT_MTU).map(Some);
+            }
             Some(Mode::Cni) => Some(configured_or_shipped()?),
             None => default_network().map_err(Failure::new)?,
         };
@@ -136,7 +152,7 @@ impl PodNetwork {
         Ok(Some(Self {
             interface: attachment.interface().clone(),
             dns: attachment.dns().cloned().or_else(host_dns),
-            queues,
+            link: Link::Tap(queues),
             mtu: attachment.mtu().min(MAX_MTU) as u16,
             attachment: Some(attachment),
         }))
@@ -144,7 +160,11 @@ impl PodNetwork {
 
     fn tap(name: &str, queues: usize) -> Result<Self, Failure> {
         let (queues, mtu) = tap::open_existing(name, queues).map_err(Failure::new)?;
-        let mtu = mtu.min(MAX_MTU);
+        Self::unconfigured(Link::Tap(queues), mtu.min(MAX_MTU))
+    }
+
+    /// An interface that nobody here knows an address for.
+    fn unconfigured(link: Link, mtu: u32) -> Result<Self, Failure> {
         let [.., a, b, c, d, e] = new_token().map_err(Failure::new)?.to_be_bytes();
         Ok(Self {
             interface: InterfaceSpec {
@@ -157,7 +177,7 @@ impl PodNetwork {
                 neighbours: Vec::new(),
             },
             dns: host_dns(),
-            queues,
+            link,
             mtu: mtu as u16,
             attachment: None,
         })
@@ -169,20 +189,26 @@ impl PodNetwork {
             interfaces: vec![self.interface.clone()],
             dns: self.dns.clone(),
             hosts: Vec::new(),
+            sysctls: match &self.attachment {
+                Some(attachment) => attachment.sysctls().clone(),
+                None => BTreeMap::new(),
+            },
         }
     }
 
     /// The machine's device, once.
     pub(crate) fn take_device(&mut self) -> PodNet {
-        let queues = std::mem::take(&mut self.queues)
-            .into_iter()
-            .map(|queue| NamedFile {
-                file: File::from(queue),
-                path: PathBuf::from("the tap's queue"),
-            });
+        let link = std::mem::replace(&mut self.link, Link::Tap(Vec::new()));
+        let queue = |queue| NamedFile {
+            file: File::from(queue),
+            path: PathBuf::from("the tap's queue"),
+        };
         PodNet {
             name: self.interface.name.clone(),
-            queues: queues.collect(),
+            link: match link {
+                Link::Tap(queues) => PodLink::Tap(queues.into_iter().map(queue).collect()),
+                Link::VhostUser(path) => PodLink::VhostUser(path),
+            },
             mac: self.interface.mac,
             mtu: self.mtu,
             // What CNI made belongs to this pod alone; who makes a tap may want anything on it.
@@ -272,7 +298,9 @@ mod tests {
         assert_eq!(parse_mode("none"), Ok(Mode::None));
         assert_eq!(parse_mode("cni"), Ok(Mode::Cni));
         assert_eq!(parse_mode("tap=t0"), Ok(Mode::Tap("t0".into())));
-        for wrong in ["", "tap", "tap=", "bridge", "none=1"] {
+        let switch = Mode::VhostUser("/run/vpp.sock".into());
+        assert_eq!(parse_mode("vhost-user=/run/vpp.sock"), Ok(switch));
+        for wrong in ["", "tap", "tap=", "vhost-user=", "bridge", "none=1"] {
             assert!(parse_mode(wrong).is_err(), "{wrong}");
         }
     }

@@ -26,6 +26,6 @@ pub mod vmm_process;
 
 pub use api::{ApiError, PodApi};
 pub use install::{Install, InstallError, NamedFile};
-pub use pod::{Pod, PodDisk, PodError, PodEvent, PodNet, PodRequest};
+pub use pod::{Pod, PodDisk, PodError, PodEvent, PodLink, PodNet, PodRequest};
 pub use run_dir::{RunDirError, base_directory};
 pub use vmm_process::{MachineEnd, VmmError};

@@ -33,13 +33,22 @@ pub struct PodDisk {
     pub read_only: bool,
 }
 
+/// The host's side of a network interface.
+#[derive(Debug)]
+pub enum PodLink {
+    /// The queues of a tap, with a virtio header of 12 bytes.
+    Tap(Vec<NamedFile>),
+    /// The socket of a vhost-user backend.
+    VhostUser(PathBuf),
+}
+
 /// A network interface of the pod.
 #[derive(Debug)]
 pub struct PodNet {
     /// What messages call it, such as `eth0`.
     pub name: String,
-    /// The queues of its tap, with a virtio header of 12 bytes.
-    pub queues: Vec<NamedFile>,
+    /// Where its frames go.
+    pub link: PodLink,
     /// The guest's address on it.
     pub mac: MacAddress,
     /// MTU in bytes.
@@ -255,20 +264,8 @@ pub(super) fn machine_spec(
         read_only: disk.read_only,
     });
     let disks = disks.collect();
-    let nets = request.nets.into_iter().map(|net| NetSpec {
-        name: net.name,
-        tap_fds: net
-            .queues
-            .into_iter()
-            .map(|queue| inherited.pass_fd(queue))
-            .collect(),
-        mac: net.mac,
-        mtu: net.mtu,
-        check_source: net.check_source,
-        receive_limit: RateLimit::default(),
-        transmit_limit: RateLimit::default(),
-    });
-    let nets = nets.collect();
+    let nets = request.nets.into_iter();
+    let nets = nets.map(|net| net_spec(net, inherited)).collect();
     Ok(MachineSpec {
         kernel: inherited.pass(request.install.kernel),
         initramfs: Some(InitramfsSpec {
@@ -289,4 +286,22 @@ pub(super) fn machine_spec(
         spare_slots: 0,
         console: request.console,
     })
+}
+
+fn net_spec(net: PodNet, inherited: &mut Inherited) -> NetSpec {
+    let (queues, socket) = match net.link {
+        PodLink::Tap(queues) => (queues, None),
+        PodLink::VhostUser(socket) => (Vec::new(), Some(socket)),
+    };
+    let queues = queues.into_iter().map(|queue| inherited.pass_fd(queue));
+    NetSpec {
+        name: net.name,
+        tap_fds: queues.collect(),
+        socket,
+        mac: net.mac,
+        mtu: net.mtu,
+        check_source: net.check_source,
+        receive_limit: RateLimit::default(),
+        transmit_limit: RateLimit::default(),
+    }
 }

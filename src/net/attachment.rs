@@ -7,6 +7,7 @@
 //! ```
 #![forbid(unsafe_code)]
 
+use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::path::Path;
@@ -39,6 +40,7 @@ pub struct Attachment {
     interface: InterfaceSpec,
     mtu: u32,
     dns: Option<DnsSpec>,
+    sysctls: BTreeMap<String, String>,
 }
 
 impl Networks {
@@ -120,6 +122,7 @@ impl Networks {
     ) -> Result<(Attachment, Vec<OwnedFd>), NetError> {
         // Before anything is made that only a plug-in could undo.
         self.plugins.require(network)?;
+        let sysctls = network.sysctls(INTERFACE)?;
         let owned = self.records.create(Record {
             pod: pod.to_owned(),
             config: network.source().clone(),
@@ -143,6 +146,7 @@ impl Networks {
             },
             mtu: 0,
             dns: None,
+            sysctls,
         };
         // Undone by its end if this fails.
         let queues = attachment.make(network, queues)?;
@@ -193,6 +197,11 @@ impl Attachment {
     /// Name servers, if the network has any.
     pub fn dns(&self) -> Option<&DnsSpec> {
         self.dns.as_ref()
+    }
+
+    /// Settings of the guest's kernel: paths below `/proc/sys`, and their values.
+    pub fn sysctls(&self) -> &BTreeMap<String, String> {
+        &self.sysctls
     }
 
     /// Its addresses.

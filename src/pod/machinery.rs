@@ -2,14 +2,16 @@
 #![forbid(unsafe_code)]
 
 use std::io;
+use std::os::fd::OwnedFd;
 
-use crate::vmm::machine::Running;
+use super::interfaces::NetSlots;
+use crate::vmm::machine::{NetPort, Running};
 use crate::vmm::own_memory::OwnMemory;
-use crate::vmm::spec::DiskSpec;
+use crate::vmm::spec::{DiskSpec, NetSpec};
 use crate::vmm::timeline::Entry;
 
 /// The machine, or what stands in for it in tests and after its end.
-pub(crate) trait Machinery {
+pub(crate) trait Machinery: NetSlots {
     /// Puts a disk into an empty slot.
     fn attach(&self, disk: &DiskSpec) -> Result<u16, String>;
     /// Takes a disk out of a slot.
@@ -55,5 +57,19 @@ impl Machinery for Ended {
 
     fn own_memory(&self) -> io::Result<OwnMemory> {
         Err(io::Error::other("the machine has ended"))
+    }
+}
+
+impl NetSlots for Ended {
+    fn first_nets(&self) -> Vec<NetPort> {
+        Vec::new()
+    }
+
+    fn cpus(&self) -> usize {
+        0
+    }
+
+    fn attach_net(&self, _: &NetSpec, _: Vec<OwnedFd>) -> Result<NetPort, String> {
+        Err("the machine has ended".to_owned())
     }
 }

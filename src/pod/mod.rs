@@ -22,6 +22,7 @@ pub(crate) mod container;
 pub mod event_log;
 pub(crate) mod feed;
 pub(crate) mod frames;
+pub(crate) mod interfaces;
 pub mod listen;
 pub(crate) mod log_file;
 pub(crate) mod machinery;

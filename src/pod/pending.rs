@@ -6,6 +6,7 @@ use std::collections::BTreeMap;
 use cube_guest::Answer;
 
 use super::api::server::ConnectionId;
+use super::interfaces::NetStep;
 
 /// What follows.
 #[derive(Debug)]
@@ -32,6 +33,8 @@ pub(crate) enum Then {
     ExecStarted(ConnectionId, String),
     /// A port was connected to, with this token.
     Forwarded(ConnectionId, u64),
+    /// The guest has done something about an interface, or not.
+    Interface(NetStep),
     /// A file was opened, and comes through the stream with this token.
     File(ConnectionId, u64),
     /// The set of files that came through this stream is in its volume.

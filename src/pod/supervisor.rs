@@ -31,6 +31,7 @@ use super::channel::{Channel, PIECE};
 use super::container::{Container, Exec, now};
 use super::event_log::{EventKind, EventLog};
 use super::feed::Feed;
+use super::interfaces::Interfaces;
 use super::listen::Ports;
 use super::machinery::{self, Machinery};
 use super::pending::Pending;
@@ -100,6 +101,7 @@ pub(crate) struct Supervisor {
     pub(super) uploads: Vec<Upload>,
     pub(super) volumes: BTreeMap<String, Volume>,
     pub(super) addresses: Vec<IpAddr>,
+    pub(super) interfaces: Interfaces,
     pub(super) events: EventLog,
     pub(super) pending: Pending,
     pub(super) feeds: BTreeMap<ConnectionId, Feed>,
@@ -176,6 +178,7 @@ impl Supervisor {
             execs: BTreeMap::new(),
             streams: Vec::new(),
             uploads: Vec::new(),
+            interfaces: Interfaces::default(),
             events: EventLog::default(),
             pending: Pending::default(),
             feeds: BTreeMap::new(),

@@ -3,14 +3,19 @@
 #![forbid(unsafe_code)]
 
 use std::io;
+use std::os::fd::OwnedFd;
+
+use cube_guest::network::MacAddress;
 
 use crate::vmm::files::{self, FileError, Opened};
 use crate::vmm::spec::{DiskSpec, NetSpec, ValidSpec};
 use crate::vmm::virtio::VirtioDevice;
 use crate::vmm::virtio::blk::{Blk, Disk, DiskError, PartFile};
 use crate::vmm::virtio::net::tap::{Tap, TapError};
+use crate::vmm::virtio::net::vhost::VhostNet;
 use crate::vmm::virtio::net::{Identity, Net, NetControl};
 use crate::vmm::virtio::rng::Rng;
+use crate::vmm::virtio::vhost_user::VhostUserError;
 use crate::vmm::virtio::vsock::{Vsock, VsockError};
 
 /// A device cannot be made or attached.
@@ -33,6 +38,23 @@ pub enum DeviceError {
         /// Why.
         source: TapError,
     },
+    /// A running machine's memory cannot become shared.
+    #[error(
+        "network {name}: the guest's memory is private; only a machine that began with a vhost-user network \
+         can have another"
+    )]
+    PrivateMemory {
+        /// The network.
+        name: String,
+    },
+    /// A network's switch cannot be used.
+    #[error("network {name}: {source}")]
+    VhostUser {
+        /// The network.
+        name: String,
+        /// Why.
+        source: VhostUserError,
+    },
     /// Every slot has a device.
     #[error("no virtio slot is free for {name}; raise `spare_slots`")]
     NoSlot {
@@ -53,8 +75,20 @@ pub enum DeviceError {
 pub struct Devices {
     /// In the order of their slots.
     pub devices: Vec<Box<dyn VirtioDevice>>,
-    /// The networks' controls, by name.
-    pub nets: Vec<(String, NetControl)>,
+    /// Which of them are networks.
+    pub nets: Vec<NetDevice>,
+}
+
+/// A network among the devices.
+pub struct NetDevice {
+    /// Its name.
+    pub name: String,
+    /// The guest's address on it.
+    pub mac: MacAddress,
+    /// Its index among the devices.
+    pub index: usize,
+    /// What controls it, if its frames pass through this process.
+    pub control: Option<NetControl>,
 }
 
 /// Makes the spec's devices.
@@ -68,9 +102,17 @@ pub fn open(spec: &ValidSpec) -> Result<Devices, DeviceError> {
     }
     let mut nets = Vec::new();
     for net in &spec.nets {
-        let device = open_net(net)?;
-        nets.push((net.name.clone(), device.control()));
-        devices.push(Box::new(device));
+        let queues = net.tap_fds.iter().map(|fd| files::inherited(*fd));
+        let queues = queues.collect::<io::Result<Vec<_>>>();
+        let queues = queues.map_err(|error| tap_error(net, error.into()))?;
+        let (device, control) = make_net(net, queues, spec.cpus)?;
+        nets.push(NetDevice {
+            name: net.name.clone(),
+            mac: net.mac,
+            index: devices.len(),
+            control,
+        });
+        devices.push(device);
     }
     if let Some(vsock) = &spec.vsock {
         devices.push(Box::new(Vsock::new(vsock.cid, &vsock.path)?));
@@ -81,25 +123,44 @@ pub fn open(spec: &ValidSpec) -> Result<Devices, DeviceError> {
     Ok(Devices { devices, nets })
 }
 
-fn open_net(spec: &NetSpec) -> Result<Net<Tap>, DeviceError> {
-    let fault = |source| DeviceError::Tap {
-        name: spec.name.clone(),
-        source,
-    };
-    let queues = spec.tap_fds.iter().map(|fd| files::inherited(*fd));
-    let queues = queues.collect::<io::Result<Vec<_>>>();
-    let tap = queues
-        .map_err(TapError::from)
-        .and_then(Tap::new)
-        .map_err(fault)?;
+/// Makes the device of a network: on these `queues` of a tap, or on its switch, there with a queue pair for each
+/// of `cpus`, as far as there are so many. Returns also what controls it, if its frames pass through this process.
+///
+/// # Errors
+/// The tap or the switch that cannot be used.
+pub fn make_net(
+    spec: &NetSpec,
+    queues: Vec<OwnedFd>,
+    cpus: u8,
+) -> Result<(Box<dyn VirtioDevice>, Option<NetControl>), DeviceError> {
     let identity = Identity {
         name: spec.name.clone(),
         mac: spec.mac,
         mtu: spec.mtu,
         check_source: spec.check_source,
     };
-    let limits = (spec.receive_limit, spec.transmit_limit);
-    Net::new(identity, tap, limits).map_err(|error| fault(error.into()))
+    let Some(socket) = &spec.socket else {
+        let tap = Tap::new(queues).map_err(|error| tap_error(spec, error))?;
+        let limits = (spec.receive_limit, spec.transmit_limit);
+        let device = Net::new(identity, tap, limits);
+        let device = device.map_err(|error| tap_error(spec, error.into()))?;
+        let control = device.control();
+        return Ok((Box::new(device), Some(control)));
+    };
+    match VhostNet::connect(identity, socket, cpus.into()) {
+        Ok(device) => Ok((Box::new(device), None)),
+        Err(source) => Err(DeviceError::VhostUser {
+            name: spec.name.clone(),
+            source,
+        }),
+    }
+}
+
+fn tap_error(spec: &NetSpec, source: TapError) -> DeviceError {
+    DeviceError::Tap {
+        name: spec.name.clone(),
+        source,
+    }
 }
 
 /// Opens the files of one disk.

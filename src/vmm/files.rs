@@ -5,10 +5,11 @@
 
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::fd::{BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::path::PathBuf;
 
 use rustix::io::{FdFlags, fcntl_setfd};
+use vmm_sys_util::eventfd::EventFd;
 
 use crate::vmm::spec::FileSource;
 
@@ -83,4 +84,10 @@ pub fn inherited(fd: RawFd) -> io::Result<OwnedFd> {
     // descriptor once (`MachineSpec::validate`, `cube-vmm`'s argument parser), and this process takes
     // them over before it opens files of its own under numbers that callers could guess.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// The descriptor of an eventfd, for another process.
+pub fn eventfd(event: &EventFd) -> BorrowedFd<'_> {
+    // SAFETY: the descriptor is the eventfd's own, which is open for as long as the eventfd is borrowed.
+    unsafe { BorrowedFd::borrow_raw(event.as_raw_fd()) }
 }

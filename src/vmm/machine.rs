@@ -10,16 +10,17 @@
 #![forbid(unsafe_code)]
 
 use std::io;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, sync_channel};
 
+use cube_guest::network::MacAddress;
 use kvm_ioctls::{Kvm, VcpuFd};
 
 use crate::vmm::boot::{self, BootError, BootFiles, EntryPoint, LoadedKernel};
 use crate::vmm::bus::{BusBuilder, Overlap};
 use crate::vmm::cpu::{self, CpuModel};
-use crate::vmm::devices::{self, DeviceError, Devices};
+use crate::vmm::devices::{self, DeviceError, Devices, NetDevice};
 use crate::vmm::exit::{End, Ending};
 use crate::vmm::files::{FileError, Opened};
 use crate::vmm::ioapic::IoApic;
@@ -32,13 +33,15 @@ use crate::vmm::ports::Ports;
 use crate::vmm::seccomp;
 use crate::vmm::serial::{self, Serial};
 use crate::vmm::slots::Slots;
-use crate::vmm::spec::{DiskSpec, ValidSpec};
+use crate::vmm::spec::{DiskSpec, NetSpec, ValidSpec};
 use crate::vmm::stats::Stats;
 use crate::vmm::thread::{self, Role};
 use crate::vmm::timeline::{Entry, Stage, Timeline};
 use crate::vmm::vcpu::{self, IdleVcpu, Platform, VcpuThread};
+use crate::vmm::virtio::VirtioDevice;
 use crate::vmm::virtio::blk::Blk;
 use crate::vmm::virtio::net::NetControl;
+use crate::vmm::virtio::vhost_user;
 use crate::vmm::worker::{Worker, WorkerError};
 
 /// Why a machine could not be built or started. All are the host's faults or the spec's, not the guest's.
@@ -81,6 +84,19 @@ pub enum MachineError {
     Threads(#[source] io::Error),
 }
 
+/// A network device in its slot.
+#[derive(Clone)]
+pub struct NetPort {
+    /// The network's name.
+    pub name: String,
+    /// The guest's address on it.
+    pub mac: MacAddress,
+    /// Number of the slot.
+    pub slot: usize,
+    /// The way to change and watch it; none: its frames do not pass through this process.
+    pub control: Option<NetControl>,
+}
+
 /// A machine that is ready to start.
 pub struct Machine {
     // In the order in which they must go: what uses KVM, then the VM with its memory.
@@ -88,7 +104,7 @@ pub struct Machine {
     vcpus: Vec<VcpuFd>,
     platform: Platform,
     slots: Slots,
-    nets: Vec<(String, NetControl)>,
+    nets: Vec<NetPort>,
     worker: Option<Worker>,
     vm: Vm,
 }
@@ -109,7 +125,11 @@ impl Machine {
     ) -> Result<Self, MachineError> {
         let BootFiles { kernel, init } = BootFiles::open(spec)?;
         let Devices { devices, nets } = devices::open(spec)?;
-        let memory = memory::allocate(spec.memory_bytes(), spec.huge_pages)
+        let allocate = match spec.shares_memory() {
+            true => memory::allocate_shared,
+            false => memory::allocate,
+        };
+        let memory = allocate(spec.memory_bytes(), spec.huge_pages)
             .map_err(|error| MachineError::Memory(spec.memory_mib, error))?;
         let kvm = Arc::new(kvm::open()?);
         let crew = Crew::start(spec, &kvm, &memory, kernel)?;
@@ -122,10 +142,7 @@ impl Machine {
         }
         let mut machine = Self::assemble(spec, vm, vcpus, timeline)?;
         machine.threads = crew.threads;
-        for device in devices {
-            machine.slots.attach(device)?;
-        }
-        machine.nets = nets;
+        machine.attach(devices, nets)?;
         if count_exits {
             machine.platform.stats.watch(&machine.vcpus);
         }
@@ -168,6 +185,25 @@ impl Machine {
             worker,
             vm,
         })
+    }
+
+    fn attach(
+        &mut self,
+        devices: Vec<Box<dyn VirtioDevice>>,
+        nets: Vec<NetDevice>,
+    ) -> Result<(), DeviceError> {
+        let mut slots = Vec::with_capacity(devices.len());
+        for device in devices {
+            slots.push(self.slots.attach(device)?.slot);
+        }
+        let port = |net: NetDevice| NetPort {
+            name: net.name,
+            mac: net.mac,
+            slot: slots[net.index],
+            control: net.control,
+        };
+        self.nets = nets.into_iter().map(port).collect();
+        Ok(())
     }
 
     fn enter(&self, entry: EntryPoint) -> Result<(), KvmError> {
@@ -265,7 +301,7 @@ pub struct Running {
     vcpus: Vec<VcpuThread>,
     platform: Arc<Platform>,
     slots: Slots,
-    nets: Vec<(String, NetControl)>,
+    nets: Vec<NetPort>,
     worker: Option<Worker>,
     vm: Vm,
 }
@@ -310,6 +346,38 @@ impl Running {
         &self.slots
     }
 
+    /// Number of vCPUs.
+    pub fn cpus(&self) -> usize {
+        self.vcpus.len()
+    }
+
+    /// The networks that the machine began with.
+    pub fn nets(&self) -> &[NetPort] {
+        &self.nets
+    }
+
+    /// Puts a network into an empty slot while the machine runs: on these `queues` of a tap, or on the switch
+    /// that `net` names. `net` was found good ([`NetSpec::check`]).
+    ///
+    /// # Errors
+    /// The tap or the switch cannot be used, or no slot is empty.
+    pub fn attach_net(&self, net: &NetSpec, queues: Vec<OwnedFd>) -> Result<NetPort, DeviceError> {
+        let name = net.name.clone();
+        if net.socket.is_some() && !vhost_user::is_shared(self.vm.memory()) {
+            return Err(DeviceError::PrivateMemory { name });
+        }
+        // At most 32, as in the spec.
+        let cpus = u8::try_from(self.cpus()).unwrap_or(u8::MAX);
+        let (device, control) = devices::make_net(net, queues, cpus)?;
+        let slot = self.slots.attach(device)?.slot;
+        Ok(NetPort {
+            name,
+            mac: net.mac,
+            slot,
+            control,
+        })
+    }
+
     /// The stages of the machine's life so far.
     pub fn timeline(&self) -> Vec<Entry> {
         self.platform.timeline.entries()
@@ -321,13 +389,6 @@ impl Running {
     /// The process's memory map cannot be read.
     pub fn own_memory(&self) -> io::Result<OwnMemory> {
         own_memory::measure(self.vm.memory())
-    }
-
-    /// The way to change and watch the network called `name` in the spec.
-    pub fn net(&self, name: &str) -> Option<&NetControl> {
-        let mut nets = self.nets.iter();
-        nets.find(|(net, _)| net == name)
-            .map(|(_, control)| control)
     }
 
     /// Stops all threads, if they have not ended, and says why the machine ended: `cause` if nothing

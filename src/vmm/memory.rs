@@ -1,14 +1,18 @@
-//! Guest memory: private, anonymous, untouched until somebody writes, and not counted against the
-//! host's commit limit.
+//! Guest memory: untouched until somebody writes, and not counted against the host's commit limit. It is
+//! private and anonymous, unless another process works on it (vhost-user): then it is a sealed file in memory.
 //!
 //! Unsafe for `mmap(2)`, `munmap(2)` and `madvise(2)`.
 #![allow(unsafe_code)]
 
 use std::ffi::c_void;
+use std::fs::File;
+use std::io;
+use std::sync::Arc;
 
+use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, memfd_create};
 use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap_anonymous, munmap};
-use vm_memory::mmap::FromRangesError;
-use vm_memory::{GuestAddress, GuestMemoryBackend, GuestRegionMmap, MmapRegion};
+use vm_memory::mmap::{FromRangesError, MmapRegionError};
+use vm_memory::{FileOffset, GuestAddress, GuestMemoryBackend, GuestRegionMmap, MmapRegion};
 
 use crate::vmm::layout::{HOLE_END, HOLE_START};
 
@@ -34,9 +38,41 @@ const HUGE_PAGE: u64 = 2 << 20;
 /// # Errors
 /// The operating system's refusal.
 pub fn allocate(bytes: u64, huge_pages: bool) -> Result<GuestMemory, FromRangesError> {
+    reserve(bytes, huge_pages, |_, length| MmapRegion::new(length))
+}
+
+/// As [`allocate`], but in a file that other processes can map.
+///
+/// # Errors
+/// The operating system's refusal.
+pub fn allocate_shared(bytes: u64, huge_pages: bool) -> Result<GuestMemory, FromRangesError> {
+    let file = Arc::new(sealed_file(bytes).map_err(MmapRegionError::Mmap)?);
+    reserve(bytes, huge_pages, |offset, length| {
+        MmapRegion::from_file(FileOffset::from_arc(file.clone(), offset), length)
+    })
+}
+
+/// A file in memory of that many bytes, for ever: whoever gets it cannot cut it short, which would end this
+/// process (SIGBUS) at its next look at the missing part.
+fn sealed_file(bytes: u64) -> io::Result<File> {
+    let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+    let file = File::from(memfd_create("cube-guest", flags)?);
+    file.set_len(bytes)?;
+    fcntl_add_seals(&file, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;
+    Ok(file)
+}
+
+/// Maps every range by `map`, which is told the bytes in the ranges before and the range's length.
+fn reserve(
+    bytes: u64,
+    huge_pages: bool,
+    map: impl Fn(u64, usize) -> Result<MmapRegion, MmapRegionError>,
+) -> Result<GuestMemory, FromRangesError> {
     let mut regions = Vec::new();
+    let mut offset = 0;
     for (start, length) in ranges(bytes) {
-        let mapping = map_aligned(length as usize)?;
+        let mapping = map_aligned(length as usize, || map(offset, length as usize))?;
+        offset += length;
         if !huge_pages {
             advise(&mapping, Advice::LinuxNoHugepage);
         }
@@ -46,18 +82,21 @@ pub fn allocate(bytes: u64, huge_pages: bool) -> Result<GuestMemory, FromRangesE
     Ok(GuestMemory::from_regions(regions)?)
 }
 
-/// Maps anonymous memory at a multiple of [`HUGE_PAGE`]: KVM maps a huge page in one step only where guest
+/// Maps memory by `map` at a multiple of [`HUGE_PAGE`]: KVM maps a huge page in one step only where guest
 /// and host address agree in their lower bits. Linux aligns such mappings itself since 6.7; before, a hole
 /// of the right size and place is made for it. A kernel that puts the mapping elsewhere all the same gives
 /// small pages, which cost time and nothing else.
-fn map_aligned(length: usize) -> Result<MmapRegion, FromRangesError> {
-    let mapping = MmapRegion::new(length)?;
+fn map_aligned(
+    length: usize,
+    map: impl Fn() -> Result<MmapRegion, MmapRegionError>,
+) -> Result<MmapRegion, FromRangesError> {
+    let mapping = map()?;
     if (length as u64) < HUGE_PAGE || is_aligned(&mapping) {
         return Ok(mapping);
     }
     drop(mapping);
     let around = Surroundings::of_hole(length);
-    let mapping = MmapRegion::new(length)?;
+    let mapping = map()?;
     drop(around);
     Ok(mapping)
 }
@@ -130,7 +169,9 @@ pub fn prefer_huge_pages(memory: &GuestMemory, start: u64, end: u64) {
 
 #[cfg(test)]
 mod tests {
-    use vm_memory::GuestMemoryRegion;
+    use std::os::unix::fs::FileExt;
+
+    use vm_memory::{Bytes, GuestMemoryRegion};
 
     use super::*;
 
@@ -145,12 +186,35 @@ mod tests {
     #[test]
     fn guest_and_host_addresses_agree_in_a_huge_pages_bits() {
         for bytes in [64 << 20, 130 << 20, (3 << 30) + (64 << 20)] {
-            let memory = allocate(bytes, false).unwrap();
-            for region in memory.iter() {
-                let host = region.as_ptr() as u64;
-                assert_eq!(host % HUGE_PAGE, region.start_addr().0 % HUGE_PAGE);
+            for allocate in [allocate, allocate_shared] {
+                let memory = allocate(bytes, false).unwrap();
+                for region in memory.iter() {
+                    let host = region.as_ptr() as u64;
+                    assert_eq!(host % HUGE_PAGE, region.start_addr().0 % HUGE_PAGE);
+                }
             }
         }
+    }
+
+    #[test]
+    fn shared_memory_is_one_file_that_nobody_can_cut_short() {
+        let memory = allocate_shared((3 << 30) + (64 << 20), false).unwrap();
+        let mut end = 0;
+        for region in memory.iter() {
+            let place = region.file_offset().unwrap();
+            assert_eq!(place.start(), end);
+            end += region.len();
+            let last = region.last_addr();
+            memory.write_obj(last.0 as u8 ^ 0x5a, last).unwrap();
+            let mut byte = [0];
+            place.file().read_exact_at(&mut byte, end - 1).unwrap();
+            assert_eq!(byte, [last.0 as u8 ^ 0x5a]);
+            let refused = place.file().set_len(0).unwrap_err();
+            assert_eq!(refused.kind(), io::ErrorKind::PermissionDenied);
+        }
+        assert_eq!(end, (3 << 30) + (64 << 20));
+        let private = allocate(1 << 20, false).unwrap();
+        assert!(private.iter().all(|region| region.file_offset().is_none()));
     }
 
     #[test]

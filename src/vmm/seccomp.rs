@@ -41,6 +41,7 @@ pub fn limit(role: Role) -> io::Result<()> {
         Role::Main => return Ok(()),
         Role::Worker => WORKER,
         Role::Vcpu => VCPU,
+        Role::VhostUser => VHOST_USER,
     };
     apply_filter(program).map_err(io::Error::other)
 }

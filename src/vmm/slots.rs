@@ -15,8 +15,8 @@ use crate::vmm::devices::DeviceError;
 use crate::vmm::irq;
 use crate::vmm::kvm::{KvmError, Vm};
 use crate::vmm::layout;
-use crate::vmm::virtio::mmio::{MmioTransport, QUEUE_NOTIFY};
-use crate::vmm::virtio::{Counters, VirtioDevice};
+use crate::vmm::virtio::mmio::{INTERRUPT_ACK, MmioTransport, QUEUE_NOTIFY};
+use crate::vmm::virtio::{Counters, INTERRUPT_USED_BUFFER, VirtioDevice};
 use crate::vmm::worker::Worker;
 
 /// All slots, filled and empty.
@@ -81,7 +81,8 @@ impl Slots {
                     return match self.listen(slot, transport) {
                         Ok(()) => Ok(Attached { slot, counters }),
                         Err(source) => {
-                            drop(transport.detach());
+                            // What KVM watches already, it watches no more.
+                            drop(self.detach(slot));
                             Err(DeviceError::Notify { name, source })
                         }
                     };
@@ -95,19 +96,49 @@ impl Slots {
     /// Takes the device out of a slot, stopped; the guest's driver was unbound before.
     pub fn detach(&self, slot: usize) -> Option<Box<dyn VirtioDevice>> {
         let transport = self.slots.get(slot)?;
+        let ack = transport.acknowledged();
         let device = transport.detach()?;
-        let address = IoEventAddress::Mmio(layout::slot_address(slot) + QUEUE_NOTIFY);
-        // If KVM has forgotten it, nothing is left to forget.
-        let _ = self
-            .vm
-            .unregister_ioevent(transport.kick(), &address, NoDatamatch);
+        // If KVM has forgotten one, nothing is left to forget.
+        if let Some(ack) = ack {
+            let (address, used) = (acknowledge_address(slot), INTERRUPT_USED_BUFFER);
+            let _ = self.vm.unregister_ioevent(ack, &address, used);
+        }
+        let address = notify_address(slot);
+        if device.kicks().is_empty() {
+            let _ = self
+                .vm
+                .unregister_ioevent(transport.kick(), &address, NoDatamatch);
+        }
+        for (queue, kick) in (0_u32..).zip(device.kicks()) {
+            let _ = self.vm.unregister_ioevent(kick, &address, queue);
+        }
         Some(device)
     }
 
     fn listen(&self, slot: usize, transport: &MmioTransport) -> io::Result<()> {
-        let address = IoEventAddress::Mmio(layout::slot_address(slot) + QUEUE_NOTIFY);
-        Ok(self
-            .vm
-            .register_ioevent(transport.kick(), &address, NoDatamatch)?)
+        if let Some(acknowledged) = transport.acknowledged() {
+            let address = acknowledge_address(slot);
+            self.vm
+                .register_ioevent(acknowledged, &address, INTERRUPT_USED_BUFFER)?;
+        }
+        let address = notify_address(slot);
+        let kicks = transport.queue_kicks()?;
+        if kicks.is_empty() {
+            return Ok(self
+                .vm
+                .register_ioevent(transport.kick(), &address, NoDatamatch)?);
+        }
+        for (queue, kick) in (0_u32..).zip(&kicks) {
+            self.vm.register_ioevent(kick, &address, queue)?;
+        }
+        Ok(())
     }
+}
+
+fn acknowledge_address(slot: usize) -> IoEventAddress {
+    IoEventAddress::Mmio(layout::slot_address(slot) + INTERRUPT_ACK)
+}
+
+fn notify_address(slot: usize) -> IoEventAddress {
+    IoEventAddress::Mmio(layout::slot_address(slot) + QUEUE_NOTIFY)
 }

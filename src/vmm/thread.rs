@@ -1,5 +1,5 @@
 //! The kinds of thread: `main` (events, signals, later the API and the agent), `worker` (all virtio queues
-//! of in-process devices) and `vcpu-N`.
+//! of in-process devices), `vcpu-N`, and `vhost-user` for each device that another process serves.
 #![forbid(unsafe_code)]
 
 use std::io;
@@ -19,6 +19,8 @@ pub enum Role {
     Worker,
     /// Runs the guest.
     Vcpu,
+    /// Speaks with a vhost-user backend.
+    VhostUser,
 }
 
 /// Every thread calls this once, before it touches anything of the guest's: from here on it may make only

@@ -18,7 +18,7 @@ use std::sync::Arc;
 use std::sync::mpsc::{Sender, channel};
 
 use cube::vmm::bus::BusDevice;
-use cube::vmm::memory::GuestMemory;
+use cube::vmm::memory::{GuestMemory, allocate_shared};
 use cube::vmm::virtio::mmio::MmioTransport;
 use cube::vmm::virtio::{Active, Counters, HostError, Interest, Turn, VirtioDevice};
 use cube::vmm::worker::Worker;
@@ -85,7 +85,8 @@ pub struct Driver {
 impl Driver {
     /// A machine of one slot with `device` in it.
     pub fn new(device: Box<dyn VirtioDevice>) -> Self {
-        let memory = GuestMemory::from_ranges(&[(GuestAddress(0), MEMORY as usize)]).unwrap();
+        // Shared, for devices that another process serves; to the others it is the same.
+        let memory = allocate_shared(MEMORY, false).unwrap();
         let worker = Worker::spawn("worker", || Ok(())).unwrap();
         let irq = EventFd::new(EFD_NONBLOCK).unwrap();
         let poll = Epoll::new().unwrap();

@@ -1,7 +1,8 @@
 //! Pods that outlive the command that started them, and their API.
 
-use std::io::{Read, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::process::{Output, Stdio};
+use std::sync::{Arc, Mutex};
 
 use cube::client::PodApi;
 use cube::image::Store;
@@ -19,6 +20,7 @@ use crate::fixture::{BUSYBOX, Machine, kill, machine, text};
 pub(crate) struct Background {
     pub(crate) machine: Machine,
     pub(crate) api: PodApi,
+    last_event: Arc<Mutex<String>>,
 }
 
 pub(crate) fn process(script: &str) -> ProcessSpec {
@@ -49,7 +51,29 @@ pub(crate) fn started(machine: Machine, options: &[&str], scripts: &[&str]) -> B
     let output = machine.command(&arguments).output().unwrap();
     assert_eq!(text(&output.stdout), "p\n", "{}", text(&output.stderr));
     let api = PodApi::of(machine.run_directory(), "p");
-    Background { machine, api }
+    let last_event = Arc::<Mutex<String>>::default();
+    let mut events = BufReader::new(api.follow("/v1/events?follow=1").unwrap());
+    let last = Arc::clone(&last_event);
+    std::thread::spawn(move || {
+        let mut line = String::new();
+        while events.read_line(&mut line).is_ok_and(|length| length > 0) {
+            *last.lock().unwrap() = std::mem::take(&mut line);
+        }
+    });
+    Background {
+        machine,
+        api,
+        last_event,
+    }
+}
+
+impl Drop for Background {
+    /// A failed test says what it heard last: of a pod that has ended, why.
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            eprintln!("last event: {}", self.last_event.lock().unwrap());
+        }
+    }
 }
 
 impl Background {

@@ -258,6 +258,12 @@ impl Running<'_> {
         std::thread::spawn(move || stdin.write_all(&bytes).unwrap());
     }
 
+    /// Writes a line to standard input, which stays open.
+    pub(crate) fn say(&mut self, line: &str) {
+        let stdin = self.child.stdin.as_mut().expect("standard input is open");
+        writeln!(stdin, "{line}").unwrap();
+    }
+
     /// Closes the reading end of standard output.
     pub(crate) fn stop_reading(&mut self) {
         self.stdout = None;

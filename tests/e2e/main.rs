@@ -7,6 +7,8 @@
 mod archive;
 mod fixture;
 mod guest;
+#[path = "../vhost_user/port.rs"]
+mod port;
 
 mod background;
 mod commands;
@@ -16,11 +18,13 @@ mod environment;
 mod execs;
 mod faults;
 mod images;
+mod interfaces;
 mod killed;
 mod networks;
 mod pod_files;
 mod pods;
 mod runtime;
 mod streams;
+mod switches;
 mod terminals;
 mod volumes;

@@ -1,7 +1,7 @@
 //! Config space and control queue.
 use cube::vmm::virtio::net::tap::Offloads;
 
-use crate::driver::{Buffer, F_VERSION_1};
+use crate::driver::{Buffer, F_VERSION_1, reg};
 use crate::wire::{GUEST, OTHER, Options, PLAIN, feature, frame, guest, guest_with};
 
 const OK: u8 = 0;
@@ -155,4 +155,19 @@ fn who_is_checked_keeps_its_address() {
     let other = [&[1, 1][..], &OTHER.0].concat();
     assert_eq!(guest.command(&own), OK);
     assert_eq!(guest.command(&other), ERR);
+}
+
+/// KVM may take the acknowledgement, so it changes nothing; one of a configuration change does.
+#[test]
+fn an_acknowledgement_of_used_buffers_means_nothing() {
+    let mut guest = guest();
+    let status = |guest: &crate::wire::Guest| guest.driver.read(reg::INTERRUPT_STATUS);
+    assert_eq!(status(&guest), 1);
+    guest.driver.write(reg::INTERRUPT_ACK, 1);
+    assert_eq!(status(&guest), 1);
+    guest.control.set_link(false);
+    assert_eq!(guest.driver.wait_interrupt(), 3);
+    assert_eq!(status(&guest), 1);
+    guest.start_again();
+    assert_eq!(status(&guest), 1);
 }

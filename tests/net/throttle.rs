@@ -94,7 +94,7 @@ fn nothing_passes_a_link_that_is_down() {
     guest.driver.settle();
     let generation = guest.driver.read(crate::driver::reg::CONFIG_GENERATION);
     guest.control.set_link(false);
-    assert_eq!(guest.driver.wait_interrupt(), 2);
+    assert_eq!(guest.driver.wait_interrupt(), 3);
     assert_ne!(
         guest.driver.read(crate::driver::reg::CONFIG_GENERATION),
         generation

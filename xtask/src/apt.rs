@@ -34,6 +34,8 @@ pub(crate) const BENCH: &[&str] = &[
     "librsvg2-bin",
     "fonts-dejavu-core",
 ];
+/// To benchmark networks: the host's end.
+pub(crate) const BENCH_NET: &[&str] = &["iperf3", "iproute2", "iputils-ping"];
 /// To make pod networks, and to look at them in tests.
 pub(crate) const NETWORKS: &[&str] = &["containernetworking-plugins", "iproute2", "iptables"];
 /// To make images and to check what Cube made of them.

@@ -19,7 +19,7 @@ use crate::cache::Cache;
 use crate::error::{Doing, Error, Result};
 use crate::steps::{Outcome, Steps};
 use crate::testbed::{self, Job, Limits, Outer};
-use crate::{apt, binaries, demo, doctor, image, kernel, run, setup, test};
+use crate::{apt, binaries, demo, doctor, image, kernel, net_root, run, setup, test};
 
 use budget::{Measured, Scope};
 
@@ -36,6 +36,7 @@ const TIMEOUT: Duration = Duration::from_secs(40 * 60);
   cargo xtask bench --vmm firecracker=/opt/firecracker
   cargo xtask bench --other-kernel ci-guest           a second kernel beside the slim one
   cargo xtask bench --at-once 1,10,50 --fill 1024     many at once
+  cargo xtask bench --net                             throughput and latency of the network too
   cargo xtask bench --budget                          hold resources/budget.toml against this machine")]
 pub(crate) struct Options {
     /// Hold every promised number that can be measured here against resources/budget.toml; fail if one is broken
@@ -68,6 +69,12 @@ pub(crate) struct Options {
     /// Also start idle ones until they take that much memory, in MiB
     #[arg(long, value_name = "MIB")]
     fill: Option<u32>,
+    /// Also measure the network: throughput in both directions, processor time, round trips
+    #[arg(long)]
+    net: bool,
+    /// Seconds of load in each direction
+    #[arg(long, value_name = "SECONDS", default_value_t = 5, requires = "net")]
+    net_seconds: u32,
     /// Directory for the reports; `native` and `testbed` are made in it
     #[arg(long, value_name = "DIR")]
     output: Option<PathBuf>,
@@ -83,6 +90,8 @@ pub(crate) struct Parts<'a> {
     pub(crate) other_kernel: Option<PathBuf>,
     /// `cube-init`, with the benchmarks' init beside it.
     pub(crate) cube_init: PathBuf,
+    /// The root file system of the network benchmark, if that was asked for.
+    pub(crate) net_root: Option<PathBuf>,
     /// A store with the demo's image.
     pub(crate) store: PathBuf,
     /// Absent: KVM here runs guests.
@@ -93,11 +102,16 @@ pub(crate) struct Parts<'a> {
 
 pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     let direct = doctor::kvm_runs_linux();
-    let mut steps =
-        Steps::new(8 + usize::from(!direct) + usize::from(options.other_kernel.is_some()));
+    let mut steps = Steps::new(
+        8 + usize::from(!direct)
+            + usize::from(options.other_kernel.is_some())
+            + usize::from(options.net),
+    );
     setup::install(&mut steps)?;
     steps.step("benchmark tools", || {
-        Ok(((), Outcome::from(!apt::ensure(&[apt::BENCH])?)))
+        let mut wanted = vec![apt::BENCH];
+        wanted.extend(options.net.then_some(apt::BENCH_NET));
+        Ok(((), Outcome::from(!apt::ensure(&wanted)?)))
     })?;
     let output = match &options.output {
         Some(output) => output.clone(),
@@ -119,6 +133,10 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
             .transpose()?,
         outer: outer.as_ref(),
         cube_init: binaries::init(&mut steps)?,
+        net_root: options
+            .net
+            .then(|| net_root::step(&mut steps))
+            .transpose()?,
         store: {
             let layout = image::step(&mut steps, image::Name::Busybox)?;
             let store = Cache::of_user()?.root().join("demo-store");
@@ -164,6 +182,8 @@ pub(crate) fn bytes_and_counts(parts: &Parts<'_>) -> Result<bool> {
         at_once: None,
         fill: None,
         output: None,
+        net: false,
+        net_seconds: 0,
     };
     hold(&parts.measure(&options)?, Scope::Anywhere)
 }
@@ -259,6 +279,11 @@ impl Parts<'_> {
                 "--other-command-line".into(),
             ]);
             words.push(OTHER_COMMAND_LINE.into());
+        }
+        if let Some(root) = &self.net_root {
+            let seconds = options.net_seconds.to_string();
+            words.extend(["--net-root".into(), root.into()]);
+            words.extend(["--net-seconds".into(), seconds.into()]);
         }
         if options.throughput {
             words.push("--throughput".into());

@@ -14,6 +14,7 @@ mod doctor;
 mod error;
 mod image;
 mod kernel;
+mod net_root;
 mod probe;
 mod progress;
 mod run;

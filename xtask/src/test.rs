@@ -210,6 +210,7 @@ fn promises(parts: &Parts) -> Result<Counts> {
     demo::import(&parts.cube, &parts.image, &store)?;
     let binaries = parts.cube.parent().map(Path::to_owned).unwrap_or_default();
     let measured = bench::Parts {
+        net_root: None,
         binaries,
         kernel: parts.kernel.clone(),
         other_kernel: None,

@@ -1,5 +1,7 @@
 //! The client against the real supervisor, in a thread, with a fake agent in another.
 
+mod interfaces;
+
 use std::collections::BTreeMap;
 use std::io::BufRead;
 use std::net::Shutdown;

@@ -1,6 +1,7 @@
 //! Network configurations: `/etc/cni/net.d`, and the one that Cube brings.
 #![forbid(unsafe_code)]
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
@@ -15,6 +16,9 @@ const DIRECTORY: &str = "/etc/cni/net.d";
 
 /// A bridge with IPv4 and IPv6, for hosts that nobody has configured.
 const SHIPPED: &str = include_str!("../../../resources/cni/cube.conflist");
+
+/// The newest version of CNI that is spoken here.
+const NEWEST: &str = "1.1.0";
 
 /// The capability of plug-ins that publish ports.
 const PORT_MAPPINGS: &str = "portMappings";
@@ -71,21 +75,38 @@ impl NetworkConfig {
     /// # Errors
     /// As [`NetworkConfig::first`].
     pub fn first_in(directory: &Path) -> Result<Option<Self>, CniError> {
-        let entries = fs::read_dir(directory).into_iter().flatten().flatten();
-        let mut paths: Vec<_> = entries.map(|entry| entry.path()).collect();
-        paths.retain(|path| {
-            let extension = path.extension().and_then(|e| e.to_str());
-            extension.is_some_and(|e| ["conflist", "conf", "json"].contains(&e))
-        });
-        paths.sort();
-        let Some(path) = paths.first() else {
-            return Ok(None);
-        };
-        let text = fs::read_to_string(path).map_err(|error| CniError::Config {
-            path: path.clone(),
-            fault: format!("cannot be read: {error}"),
-        })?;
-        Self::parse(&text, path).map(Some)
+        match files(directory, &["conflist", "conf", "json"]).first() {
+            Some(path) => Self::load(path).map(Some),
+            None => Ok(None),
+        }
+    }
+
+    /// Reads the list in `path`, and the plug-ins that are files of their own: those of a network called `n` in
+    /// the directory `n` beside it, unless `loadOnlyInlinedPlugins` says otherwise.
+    ///
+    /// # Errors
+    /// The file that cannot be used.
+    pub fn load(path: &Path) -> Result<Self, CniError> {
+        let mut source = read_json(path)?;
+        let is_list = source.get("type").is_none();
+        let name = source.get("name").and_then(Value::as_str);
+        // What is no plain name is refused below, before it is taken for a path.
+        let name = name.filter(|name| is_plain(name) && is_list);
+        if let Some(name) = name.filter(|_| !flag(&source, "loadOnlyInlinedPlugins")) {
+            let directory = path.with_file_name(name);
+            let more = files(&directory, &["conf"]);
+            let more = more.iter().map(|path| read_json(path));
+            let mut plugins = more.collect::<Result<Vec<_>, _>>()?;
+            if let Some(Value::Array(inlined)) = source.get_mut("plugins") {
+                inlined.append(&mut plugins);
+            } else if !plugins.is_empty() && source.get("plugins").is_none() {
+                source["plugins"] = Value::Array(plugins);
+            }
+        }
+        Self::from_value(source, path).map_err(|fault| CniError::Config {
+            path: path.to_owned(),
+            fault,
+        })
     }
 
     /// The one that Cube brings. It is not written anywhere: a file in `/etc/cni/net.d` would be every other
@@ -117,8 +138,7 @@ impl NetworkConfig {
     pub fn from_value(source: Value, path: &Path) -> Result<Self, String> {
         let text = |field: &str| source.get(field).and_then(Value::as_str);
         let name = text("name").ok_or("has no `name`")?;
-        let is_plain = |c: char| c.is_ascii_alphanumeric() || "_.-".contains(c);
-        if !name.chars().all(is_plain) || !name.starts_with(|c: char| c.is_ascii_alphanumeric()) {
+        if !is_plain(name) {
             return Err(format!(
                 "`name` is {name:?}: letters, digits, `_`, `.` and `-` only"
             ));
@@ -134,21 +154,39 @@ impl NetworkConfig {
         if plugins.is_empty() {
             return Err("`plugins` is empty".into());
         }
-        // 1.1 allows the words as text, too.
-        let flag = |field: &str| match source.get(field) {
-            Some(Value::Bool(flag)) => *flag,
-            Some(Value::String(word)) => word == "true",
-            _ => false,
-        };
         Ok(Self {
             name: name.to_owned(),
-            version: text("cniVersion").unwrap_or("0.2.0").to_owned(),
+            version: version(&source),
             plugins,
             path: path.to_owned(),
-            disable_check: flag("disableCheck"),
-            disable_gc: flag("disableGC"),
+            disable_check: flag(&source, "disableCheck"),
+            disable_gc: flag(&source, "disableGC"),
             source,
         })
+    }
+
+    /// Settings of the pod's kernel (paths below `/proc/sys`) that the plug-in `tuning` makes for `interface`. It
+    /// makes them in the host's namespace, whose stack a machine's frames never see: the guest's kernel has to.
+    ///
+    /// # Errors
+    /// One that does not belong to the network.
+    pub fn sysctls(&self, interface: &str) -> Result<BTreeMap<String, String>, CniError> {
+        let mut sysctls = BTreeMap::new();
+        let tuning = self.plugins.iter().filter(|plugin| plugin.kind == "tuning");
+        let given = tuning.filter_map(|plugin| plugin.config.get("sysctl")?.as_object());
+        for (key, value) in given.flatten() {
+            let path = key.replace('.', "/").replacen("IFNAME", interface, 1);
+            let plain = path.split('/').all(|part| !part.is_empty());
+            let value = value.as_str().filter(|_| plain && path.starts_with("net/"));
+            let value = value.ok_or_else(|| CniError::Config {
+                path: self.path.clone(),
+                fault: format!(
+                    "the plug-in `tuning` has the sysctl `{key}`; it must be the network's, as text"
+                ),
+            })?;
+            sysctls.insert(path, value.to_owned());
+        }
+        Ok(sysctls)
     }
 
     /// What it was read from.
@@ -165,11 +203,7 @@ impl NetworkConfig {
     }
 
     fn is_at_least(&self, version: [u32; 3]) -> bool {
-        let parts = self
-            .version
-            .split('.')
-            .map(|part| part.parse().unwrap_or(0));
-        parts.collect::<Vec<u32>>() >= version.to_vec()
+        numbers(&self.version) >= version.to_vec()
     }
 
     /// The arguments that publish `ports`; none for none.
@@ -196,6 +230,63 @@ impl NetworkConfig {
         arguments.insert(PORT_MAPPINGS.to_owned(), ports);
         Ok(arguments)
     }
+}
+
+/// Files in `directory` with one of these extensions, by name; none: there is no directory.
+fn files(directory: &Path, extensions: &[&str]) -> Vec<PathBuf> {
+    let entries = fs::read_dir(directory).into_iter().flatten().flatten();
+    let mut paths: Vec<_> = entries.map(|entry| entry.path()).collect();
+    paths.retain(|path| {
+        let extension = path.extension().and_then(|extension| extension.to_str());
+        extension.is_some_and(|extension| extensions.contains(&extension))
+    });
+    paths.sort();
+    paths
+}
+
+fn read_json(path: &Path) -> Result<Value, CniError> {
+    let fault = |fault: String| CniError::Config {
+        path: path.to_owned(),
+        fault,
+    };
+    let text = fs::read_to_string(path).map_err(|e| fault(format!("cannot be read: {e}")))?;
+    serde_json::from_str(&text).map_err(|error| fault(error.to_string()))
+}
+
+fn is_plain(name: &str) -> bool {
+    name.chars()
+        .all(|c| c.is_ascii_alphanumeric() || "_.-".contains(c))
+        && name.starts_with(|c: char| c.is_ascii_alphanumeric())
+}
+
+/// 1.1 allows the words as text, too.
+fn flag(source: &Value, field: &str) -> bool {
+    match source.get(field) {
+        Some(Value::Bool(flag)) => *flag,
+        Some(Value::String(word)) => word.eq_ignore_ascii_case("true"),
+        _ => false,
+    }
+}
+
+/// The newest version that the configuration is written in (`cniVersion`, and since 1.1 `cniVersions`) and that is
+/// known here.
+fn version(source: &Value) -> String {
+    let several = source.get("cniVersions").and_then(Value::as_array);
+    let all = several
+        .into_iter()
+        .flatten()
+        .chain(source.get("cniVersion"));
+    let known = all
+        .filter_map(Value::as_str)
+        .filter(|version| numbers(version) <= numbers(NEWEST));
+    let newest = known.max_by_key(|version| numbers(version));
+    let only = source.get("cniVersion").and_then(Value::as_str);
+    newest.or(only).unwrap_or("0.2.0").to_owned()
+}
+
+fn numbers(version: &str) -> Vec<u32> {
+    let parts = version.split('.').map(|part| part.parse().unwrap_or(0));
+    parts.collect()
 }
 
 fn plugin(value: Value) -> Result<PluginConfig, String> {
@@ -300,6 +391,99 @@ mod tests {
         };
         let error = no_ports.port_mappings(&[port]).unwrap_err().to_string();
         assert!(error.contains("publishes no ports"), "{error}");
+    }
+
+    #[test]
+    fn the_newest_known_version_counts() {
+        for (text, version) in [
+            (r#"{"name":"n","type":"a"}"#, "0.2.0"),
+            (
+                r#"{"name":"n","type":"a","cniVersion":"1.0.0","cniVersions":["0.4.0","1.1.0","9.0.0"]}"#,
+                "1.1.0",
+            ),
+            (
+                r#"{"name":"n","type":"a","cniVersions":["0.3.1","0.10.0"]}"#,
+                "0.10.0",
+            ),
+            (r#"{"name":"n","type":"a","cniVersion":"9.0.0"}"#, "9.0.0"),
+        ] {
+            assert_eq!(parse(text).unwrap().version, version, "{text}");
+        }
+    }
+
+    #[test]
+    fn plugins_may_be_files_of_their_own() {
+        let directory = tempfile::tempdir().unwrap();
+        let write = |name: &str, text: &str| {
+            let path = directory.path().join(name);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(&path, text).unwrap();
+            path
+        };
+        write("n/20-b.conf", r#"{"type":"b"}"#);
+        write("n/10-a.conf", r#"{"type":"a"}"#);
+        write("n/readme.json", "no plug-in");
+        let kinds = |text: &str| {
+            let path = write("n.conflist", text);
+            NetworkConfig::load(&path).map(|config| {
+                // What is recorded has them all: DEL must not depend on what becomes of the files.
+                let again = NetworkConfig::from_value(config.source().clone(), &path).unwrap();
+                assert_eq!(again.plugins, config.plugins);
+                let kinds = config.plugins.iter().map(|plugin| plugin.kind().to_owned());
+                kinds.collect::<Vec<_>>().join(" ")
+            })
+        };
+        assert_eq!(
+            kinds(r#"{"name":"n","plugins":[{"type":"x"}]}"#).unwrap(),
+            "x a b"
+        );
+        assert_eq!(kinds(r#"{"name":"n"}"#).unwrap(), "a b");
+        let alone = r#"{"name":"n","plugins":[{"type":"x"}],"loadOnlyInlinedPlugins":true}"#;
+        assert_eq!(kinds(alone).unwrap(), "x");
+        assert_eq!(kinds(r#"{"name":"n","type":"x"}"#).unwrap(), "x");
+        assert!(kinds(r#"{"name":"n","loadOnlyInlinedPlugins":"true"}"#).is_err());
+        assert!(kinds(r#"{"name":"../n"}"#).is_err());
+        write("n/30-c.conf", "{");
+        let error = kinds(r#"{"name":"n"}"#).unwrap_err().to_string();
+        assert!(error.contains("n/30-c.conf"), "{error}");
+    }
+
+    #[test]
+    fn sysctls_are_the_networks() {
+        let config = |sysctl: &str| {
+            let text = format!(
+                r#"{{"name":"n","plugins":[{{"type":"ptp"}},{{"type":"tuning","sysctl":{sysctl}}}]}}"#
+            );
+            parse(&text)
+                .unwrap()
+                .sysctls("eth0")
+                .map_err(|e| e.to_string())
+        };
+        let given = r#"{"net.core.somaxconn":"500","net/ipv4/conf/IFNAME/arp_filter":"1"}"#;
+        let expected = [
+            ("net/core/somaxconn", "500"),
+            ("net/ipv4/conf/eth0/arp_filter", "1"),
+        ];
+        let expected = expected.map(|(path, value)| (path.to_owned(), value.to_owned()));
+        assert_eq!(config(given), Ok(BTreeMap::from(expected)));
+        for wrong in [
+            r#"{"kernel.panic":"1"}"#,
+            r#"{"net/../kernel/panic":"1"}"#,
+            r#"{"net..core":"1"}"#,
+            r#"{"net.core.somaxconn":500}"#,
+        ] {
+            assert!(
+                config(wrong).unwrap_err().contains("the sysctl `"),
+                "{wrong}"
+            );
+        }
+        assert!(
+            parse(r#"{"name":"n","type":"ptp"}"#)
+                .unwrap()
+                .sysctls("eth0")
+                .unwrap()
+                .is_empty()
+        );
     }
 
     #[test]

@@ -1,6 +1,8 @@
 //! `resources/openapi.yaml` held against the types that the server reads and writes, in both directions: every
 //! field of a type is described, and everything described is a field of it.
 
+mod interfaces;
+
 use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -529,6 +531,8 @@ fn every_field_is_described_and_everything_described_is_a_field() {
     statistics(&description);
     volume_answers(&description);
     requests(&description);
+    interfaces::answers(&description);
+    interfaces::requests(&description);
     // These two have no type: the first is what refusals are, the second how a machine ended.
     let error = json!({"error": "sentence", "field": "name"});
     description.check(description.schema("Error"), &error, "Error");

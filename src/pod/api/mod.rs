@@ -9,6 +9,7 @@ pub mod body;
 #[cfg(test)]
 pub(crate) mod described;
 pub mod http;
+pub mod interface_body;
 pub(crate) mod routes;
 pub(crate) mod server;
 pub mod volume_body;

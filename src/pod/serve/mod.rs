@@ -132,11 +132,15 @@ impl Supervisor {
             Route::CreateVolume => self.create_volume(connection, request.json()?, machine),
             Route::RemoveVolume => self.remove_volume(connection, name),
             Route::PutFiles => self.put_files(connection, name, request.json()?),
+            Route::Interfaces => Ok(Some((200, self.list_interfaces(machine)))),
+            Route::AttachInterface => self.attach_interface(connection, request.json()?, machine),
+            Route::DetachInterface => self.detach_interface(connection, name, machine),
+            Route::LimitInterface => self.limit_interface(name, request.json()?, machine),
         }
     }
 
     /// Asks the agent; `then` follows when all is answered.
-    fn ask(&mut self, requests: Vec<HostRequest>, then: Then) -> Served {
+    pub(super) fn ask(&mut self, requests: Vec<HostRequest>, then: Then) -> Served {
         let mut ids = Vec::new();
         for request in requests {
             match self.session.request(request) {
@@ -224,7 +228,7 @@ impl Supervisor {
         })
     }
 
-    fn tell(&mut self, connection: ConnectionId, failure: Option<String>) {
+    pub(super) fn tell(&mut self, connection: ConnectionId, failure: Option<String>) {
         match failure {
             None => self.server.respond(connection, 204, None),
             Some(sentence) => self.server.refuse(connection, &conflict(sentence)),

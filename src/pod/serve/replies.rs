@@ -91,6 +91,7 @@ impl Supervisor {
             Then::VolumeUnbound(connection, name, why) => {
                 self.volume_unbound(connection, &name, why, failure, machine);
             }
+            Then::Interface(step) => self.interface_step(step, failure, machine),
         }
     }
 

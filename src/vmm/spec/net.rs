@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 use std::collections::HashSet;
+use std::path::{Path, PathBuf};
 
 use cube_guest::network::MacAddress;
 use serde::{Deserialize, Serialize};
@@ -14,6 +15,8 @@ use crate::vmm::virtio::net::MAX_PAIRS;
 const MIN_MTU: u16 = 68;
 /// The largest MTU: what an Ethernet header in front makes of it still fits 16 bits.
 const MAX_MTU: u16 = 65_521;
+/// A Unix socket's path holds 107 bytes.
+const MAX_SOCKET_PATH: usize = 107;
 /// Longest interface name, in bytes (Linux, `IFNAMSIZ` less the NUL).
 const MAX_NAME: usize = 15;
 
@@ -25,7 +28,12 @@ pub struct NetSpec {
     pub name: String,
     /// Queues of one tap interface, inherited and open; one queue pair each, at most 8. Opened with
     /// `IFF_TAP`, `IFF_NO_PI`, `IFF_VNET_HDR` and a virtio header of 12 bytes.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub tap_fds: Vec<i32>,
+    /// Instead of a tap: the Unix socket of a vhost-user backend, such as a DPDK or VPP switch. Guest memory
+    /// is then shared with that process. What is limited and checked is the switch's business.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub socket: Option<PathBuf>,
     /// The guest's address. The guest finds the interface by it.
     pub mac: MacAddress,
     /// MTU in bytes.
@@ -59,6 +67,20 @@ impl RateLimit {
     pub fn is_none(&self) -> bool {
         self.bytes.is_none() && self.frames.is_none()
     }
+
+    /// Checks a limit that messages call `field`.
+    ///
+    /// # Errors
+    /// The rate that cannot be used.
+    pub fn check(&self, field: &str) -> Result<(), SpecError> {
+        for (name, rate) in [("bytes", self.bytes), ("frames", self.frames)] {
+            if rate.is_some_and(|rate| rate.per_second == 0 || rate.burst == 0) {
+                let text = "has a 0; `per_second` and `burst` are at least 1 (to cut a pod off, take its link down)";
+                return fault(format!("{field}.{name}"), text);
+            }
+        }
+        Ok(())
+    }
 }
 
 /// A token bucket.
@@ -80,49 +102,86 @@ pub(super) fn check_nets(nets: &[NetSpec]) -> Result<(), SpecError> {
     let mut seen = (HashSet::new(), HashSet::new());
     for (i, net) in nets.iter().enumerate() {
         let field = |name: &str| format!("nets[{i}].{name}");
+        check_net(net, net.tap_fds.len(), &field)?;
         let name = &net.name;
-        let plain = name.bytes().all(|b| b.is_ascii_graphic() && b != b'/');
-        if name.is_empty() || name.len() > MAX_NAME || !plain {
-            let text = format!(
-                "is {name:?}; it must be 1 to {MAX_NAME} printable ASCII bytes without `/`"
-            );
-            return fault(field("name"), text);
-        }
         if !seen.0.insert(name) {
-            return fault(
-                field("name"),
-                format!("is {name:?}, which another has already"),
-            );
-        }
-        if !net.mac.is_station() {
-            let text = format!("is {}; an interface's address names one station", net.mac);
-            return fault(field("mac"), text);
+            let text = format!("is {name:?}, which another has already");
+            return fault(field("name"), text);
         }
         if !seen.1.insert(net.mac) {
             let text = format!("is {}, which another interface has already", net.mac);
             return fault(field("mac"), text);
         }
-        if !(1..=MAX_PAIRS).contains(&net.tap_fds.len()) {
-            let count = net.tap_fds.len();
-            let text = format!("has {count} descriptors; an interface has 1 to {MAX_PAIRS} queues");
-            return fault(field("tap_fds"), text);
-        }
-        if !(MIN_MTU..=MAX_MTU).contains(&net.mtu) {
-            let text = format!("is {}; it must be {MIN_MTU} to {MAX_MTU}", net.mtu);
-            return fault(field("mtu"), text);
-        }
-        check_limit(&field("receive_limit"), net.receive_limit)?;
-        check_limit(&field("transmit_limit"), net.transmit_limit)?;
     }
     Ok(())
 }
 
-fn check_limit(field: &str, limit: RateLimit) -> Result<(), SpecError> {
-    for (name, rate) in [("bytes", limit.bytes), ("frames", limit.frames)] {
-        if rate.is_some_and(|rate| rate.per_second == 0 || rate.burst == 0) {
-            let text = "has a 0; `per_second` and `burst` are at least 1 (to cut a pod off, take its link down)";
-            return fault(format!("{field}.{name}"), text);
+impl NetSpec {
+    /// Checks a device for a machine that runs, with `queues` of a tap, which are handed over by themselves.
+    ///
+    /// # Errors
+    /// The field that cannot be used.
+    pub fn check(&self, queues: usize) -> Result<(), SpecError> {
+        check_net(self, queues, &|name| name.to_owned())
+    }
+}
+
+fn check_net(
+    net: &NetSpec,
+    queues: usize,
+    field: &impl Fn(&str) -> String,
+) -> Result<(), SpecError> {
+    let name = &net.name;
+    let plain = name.bytes().all(|b| b.is_ascii_graphic() && b != b'/');
+    if name.is_empty() || name.len() > MAX_NAME || !plain {
+        let text =
+            format!("is {name:?}; it must be 1 to {MAX_NAME} printable ASCII bytes without `/`");
+        return fault(field("name"), text);
+    }
+    if !net.mac.is_station() {
+        let text = format!("is {}; an interface's address names one station", net.mac);
+        return fault(field("mac"), text);
+    }
+    match &net.socket {
+        Some(socket) => check_socket(field, net, queues, socket)?,
+        None if (1..=MAX_PAIRS).contains(&queues) => {}
+        None => {
+            let text = format!(
+                "has {queues} descriptors; an interface has 1 to {MAX_PAIRS} queues, or a `socket`"
+            );
+            return fault(field("tap_fds"), text);
         }
     }
-    Ok(())
+    if !(MIN_MTU..=MAX_MTU).contains(&net.mtu) {
+        let text = format!("is {}; it must be {MIN_MTU} to {MAX_MTU}", net.mtu);
+        return fault(field("mtu"), text);
+    }
+    net.receive_limit.check(&field("receive_limit"))?;
+    net.transmit_limit.check(&field("transmit_limit"))
+}
+
+fn check_socket(
+    field: &impl Fn(&str) -> String,
+    net: &NetSpec,
+    queues: usize,
+    socket: &Path,
+) -> Result<(), SpecError> {
+    let len = socket.as_os_str().len();
+    if len == 0 || len > MAX_SOCKET_PATH {
+        let text = format!("is {len} bytes long; a socket's path is 1 to {MAX_SOCKET_PATH}");
+        return fault(field("socket"), text);
+    }
+    let others = [
+        ("tap_fds", queues > 0),
+        ("check_source", net.check_source),
+        ("receive_limit", !net.receive_limit.is_none()),
+        ("transmit_limit", !net.transmit_limit.is_none()),
+    ];
+    match others.into_iter().find(|(_, set)| *set) {
+        Some((other, _)) => {
+            let text = "cannot be with `socket`: frames go past this program, to the switch";
+            fault(field(other), text)
+        }
+        None => Ok(()),
+    }
 }

@@ -76,6 +76,11 @@ impl ValidSpec {
     pub fn memory_bytes(&self) -> u64 {
         u64::from(self.memory_mib) << 20
     }
+
+    /// Whether another process works on guest memory.
+    pub fn shares_memory(&self) -> bool {
+        self.nets.iter().any(|net| net.socket.is_some())
+    }
 }
 
 impl MachineSpec {

@@ -29,6 +29,7 @@
 )]
 
 use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
@@ -46,7 +47,7 @@ mod register;
 use queue::QueueConfig;
 use register::{Register, status};
 
-pub use register::QUEUE_NOTIFY;
+pub use register::{INTERRUPT_ACK, QUEUE_NOTIFY};
 
 /// Bytes of a slot's window.
 pub const WINDOW: u64 = 0x1000;
@@ -66,7 +67,11 @@ pub struct MmioTransport {
     memory: GuestMemory,
     worker: WorkerHandle,
     kick: EventFd,
+    /// Signalled for acknowledgements that KVM takes; nobody reads it.
+    acknowledged: EventFd,
     interrupt: Interrupt,
+    /// The device has kicks of its own.
+    own_kicks: AtomicBool,
     slot: Mutex<Slot>,
 }
 
@@ -95,7 +100,9 @@ impl MmioTransport {
             memory,
             worker,
             kick: EventFd::new(EFD_NONBLOCK)?,
+            acknowledged: EventFd::new(EFD_NONBLOCK)?,
             interrupt: Interrupt::new(Arc::new(irqfd)),
+            own_kicks: AtomicBool::new(false),
             slot: Mutex::default(),
         })
     }
@@ -104,6 +111,25 @@ impl MmioTransport {
     /// datamatch). Without it the write itself, as a register access, does the same.
     pub fn kick(&self) -> &EventFd {
         &self.kick
+    }
+
+    /// The eventfd for KVM to signal when the guest acknowledges used buffers, and nothing else
+    /// ([`INTERRUPT_ACK`], the value [`super::INTERRUPT_USED_BUFFER`]): it means nothing for this device. None: it does.
+    pub fn acknowledged(&self) -> Option<&EventFd> {
+        let slot = self.lock();
+        let often = slot.device.as_ref().is_some_and(|d| d.interrupts_often());
+        often.then_some(&self.acknowledged)
+    }
+
+    /// The eventfds to be signalled for single queues, by the value written to [`QUEUE_NOTIFY`]; none: all
+    /// writes are [`MmioTransport::kick`]'s.
+    ///
+    /// # Errors
+    /// No descriptor can be had.
+    pub fn queue_kicks(&self) -> io::Result<Vec<EventFd>> {
+        let slot = self.lock();
+        let kicks = slot.device.iter().flat_map(|device| device.kicks());
+        kicks.map(EventFd::try_clone).collect()
     }
 
     /// Fills the slot, and returns the device's counters.
@@ -119,6 +145,10 @@ impl MmioTransport {
             return Err(device);
         }
         let counters = Arc::<Counters>::default();
+        let own_kicks = !device.kicks().is_empty();
+        self.own_kicks.store(own_kicks, Ordering::Release);
+        let track = !device.interrupts_often();
+        self.interrupt.track_used_buffers(track);
         *slot = Slot {
             queues: QueueConfig::for_sizes(device.queue_sizes()),
             device: Some(device),
@@ -182,11 +212,7 @@ impl MmioTransport {
 
     fn write_register(&self, register: Register, value: u32) {
         match register {
-            Register::QueueNotify => {
-                // Fails only when the counter is full, and then the kick is there already.
-                let _ = self.kick.write(1);
-                return;
-            }
+            Register::QueueNotify => return self.notify(value),
             Register::InterruptAck => return self.interrupt.acknowledge(value),
             _ => {}
         }
@@ -203,6 +229,18 @@ impl MmioTransport {
             Register::QueueSel => slot.queue_select = value,
             Register::SharedMemory => {}
             _ => slot.write_queue(&self.memory, register, value),
+        }
+    }
+
+    /// A notification that KVM did not take.
+    fn notify(&self, queue: u32) {
+        // It fails only when the counter is full, and then the kick is there already.
+        if !self.own_kicks.load(Ordering::Acquire) {
+            let _ = self.kick.write(1);
+        } else if let Some(device) = &self.lock().device {
+            let queue = usize::try_from(queue).unwrap_or(usize::MAX);
+            let kick = device.kicks().get(queue);
+            let _ = kick.map(|kick| kick.write(1));
         }
     }
 
@@ -306,6 +344,9 @@ impl MmioTransport {
         }
         // A kick that nobody has taken belongs to the queues that are gone.
         let _ = self.kick.read();
+        for kick in slot.device.iter().flat_map(|device| device.kicks()) {
+            let _ = kick.read();
+        }
         self.interrupt.clear();
         *slot = Slot {
             queues: slot

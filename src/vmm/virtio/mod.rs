@@ -35,6 +35,7 @@ pub mod iovec;
 pub mod mmio;
 pub mod net;
 pub mod rng;
+pub mod vhost_user;
 pub mod vsock;
 
 use std::os::fd::RawFd;
@@ -66,6 +67,18 @@ pub trait VirtioDevice: Send {
     /// fewer gets NEEDS_RESET, and the device is not activated.
     fn required_queues(&self) -> usize {
         self.queue_sizes().len()
+    }
+
+    /// Kicks of its own, one a queue, which are signalled instead of [`Activation::kick`]: for a device whose
+    /// queues are served by another process. Non-blocking. Each costs the machine's start a grace period.
+    fn kicks(&self) -> &[EventFd] {
+        &[]
+    }
+
+    /// Whether the driver is interrupted so often that its acknowledgements are KVM's to take: nobody then keeps
+    /// account of used buffers in InterruptStatus. Costs the machine's start a grace period.
+    fn interrupts_often(&self) -> bool {
+        false
     }
 
     /// Reads the device's config space; bytes beyond its end read as zero.
@@ -126,6 +139,8 @@ struct InterruptState {
     needs_reset: AtomicBool,
     /// The ConfigGeneration register.
     generation: AtomicU32,
+    /// Nobody keeps account of used buffers: the InterruptStatus register always says that there may be some.
+    untracked: AtomicBool,
 }
 
 /// InterruptStatus bit 0: used buffers (virtio 1.2, section 4.2.2).
@@ -159,9 +174,25 @@ impl Interrupt {
         self.raise(INTERRUPT_CONFIG_CHANGE);
     }
 
+    /// The eventfd that raises the line, for another process that uses buffers (call); only where used buffers
+    /// are not tracked, since that process cannot say so in the InterruptStatus register.
+    pub fn lend(&self) -> &EventFd {
+        &self.irqfd
+    }
+
+    /// From now on InterruptStatus tells the driver with every interrupt that buffers may be waiting: looking for
+    /// nothing costs it a load, and an acknowledgement of used buffers then means nothing, whoever takes it.
+    pub fn track_used_buffers(&self, track: bool) {
+        self.shared.untracked.store(!track, Ordering::Release);
+    }
+
     /// The InterruptStatus register.
     pub fn status(&self) -> u32 {
-        self.shared.status.load(Ordering::Acquire)
+        let untracked = match self.shared.untracked.load(Ordering::Acquire) {
+            true => INTERRUPT_USED_BUFFER,
+            false => 0,
+        };
+        self.shared.status.load(Ordering::Acquire) | untracked
     }
 
     /// Clears the bits that the driver wrote to InterruptACK.

@@ -14,7 +14,7 @@ use crate::job::{Answered, Reporter, Subject, Then};
 use crate::stdio::pipe;
 use crate::stream::End;
 use crate::volumes::{files, write_back};
-use crate::{measure, read_file, slots, sys};
+use crate::{measure, network, read_file, slots, sys};
 
 impl Agent {
     /// Does what is asked. `None`: the reply comes when it is done.
@@ -26,6 +26,7 @@ impl Agent {
         match request {
             HostRequest::BindSlot { slot } => slots::bind(slot).and(done),
             HostRequest::UnbindSlot { slot } => slots::unbind(slot, &mut self.disks).and(done),
+            HostRequest::SetUpInterface(spec) => network::add(&spec).and(done),
             HostRequest::AddVolume(spec) => {
                 let is_there = self.add_volume(&spec, Some(id))?;
                 Ok(is_there.then_some(Answer::Done))

@@ -167,6 +167,7 @@ mod tests {
                 address: "10.9.9.9".parse().unwrap(),
                 names: vec!["db".into(), "db.example".into()],
             }],
+            ..NetworkSpec::default()
         }
     }
 

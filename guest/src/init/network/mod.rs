@@ -1,5 +1,5 @@
 //! The pod's network: interfaces as the host asks for them, and the files by which containers resolve names.
-//! Done once, at boot, before any container starts.
+//! Done at boot, before any container starts; further interfaces may come while they run.
 #![forbid(unsafe_code)]
 
 pub(crate) mod files;
@@ -62,7 +62,31 @@ pub(crate) fn configure(spec: &NetworkSpec, hostname: &str) -> Result<(), Error>
     for interface in &spec.interfaces {
         set_up(&netlink, interface)?;
     }
+    for (path, value) in &spec.sysctls {
+        set(path, value)?;
+    }
     files::write(spec, hostname)
+}
+
+/// Writes a setting of the kernel's network.
+fn set(path: &str, value: &str) -> Result<(), Error> {
+    let inside =
+        path.starts_with("net/") && path.split('/').all(|part| !["", "..", "."].contains(&part));
+    if !inside {
+        let sentence = format!("the sysctl `{path}` is not one of the network's");
+        return Err(Error::Refused(sentence));
+    }
+    fs::write(format!("/proc/sys/{path}"), value)
+        .context(|| format!("set the sysctl `{path}` to `{value}`"))
+}
+
+/// Sets up one interface more.
+///
+/// # Errors
+/// What the kernel does not take, by name.
+pub(crate) fn add(spec: &InterfaceSpec) -> Result<(), Error> {
+    let netlink = Netlink::open().context(|| "open a routing socket".into())?;
+    set_up(&netlink, spec)
 }
 
 fn set_up(netlink: &Netlink, spec: &InterfaceSpec) -> Result<(), Error> {

@@ -132,3 +132,29 @@ fn what_cannot_be_is_said_by_name() {
         "{route}"
     );
 }
+
+#[test]
+fn sysctls_are_the_networks_alone() {
+    if enter("network::tests::sysctls_are_the_networks_alone") {
+        return;
+    }
+    let with = |path: &str, value: &str| NetworkSpec {
+        sysctls: [(path.to_owned(), value.to_owned())].into(),
+        ..NetworkSpec::default()
+    };
+    let path = "net/ipv4/conf/one/arp_filter";
+    configure(&with(path, "1"), "pod").unwrap();
+    assert_eq!(
+        fs::read_to_string(format!("/proc/sys/{path}")).unwrap(),
+        "1\n"
+    );
+    for (path, words) in [
+        ("kernel/panic", "is not one of the network's"),
+        ("net/../kernel/panic", "is not one of the network's"),
+        ("net//core", "is not one of the network's"),
+        ("net/absent", "set the sysctl `net/absent` to `1`"),
+    ] {
+        let error = configure(&with(path, "1"), "pod").unwrap_err().to_string();
+        assert!(error.contains(words), "{error}");
+    }
+}

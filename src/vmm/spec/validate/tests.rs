@@ -140,6 +140,47 @@ fn sizes_are_bounded() {
 }
 
 #[test]
+fn a_network_on_a_switch_is_the_switchs_to_limit() {
+    let net = |change: Value| {
+        let mut net = json!({"name": "eth0", "socket": "/s", "mac": "02:00:00:00:00:01"});
+        for (field, value) in change.as_object().unwrap() {
+            net[field] = value.clone();
+        }
+        json!([net])
+    };
+    let mut spec = base();
+    spec["nets"] = net(json!({}));
+    let spec = MachineSpec::from_json(spec.to_string().as_bytes()).unwrap();
+    assert!(spec.validate(HOST).unwrap().shares_memory());
+    let limit = json!({"bytes": {"per_second": 1, "burst": 1}});
+    for (change, expected) in [
+        (json!({"socket": ""}), "`nets[0].socket` is 0 bytes"),
+        (
+            json!({"socket": "s".repeat(108)}),
+            "`nets[0].socket` is 108 bytes",
+        ),
+        (
+            json!({"tap_fds": [3]}),
+            "`nets[0].tap_fds` cannot be with `socket`",
+        ),
+        (
+            json!({"check_source": true}),
+            "`nets[0].check_source` cannot",
+        ),
+        (
+            json!({"receive_limit": limit.clone()}),
+            "`nets[0].receive_limit` cannot",
+        ),
+        (
+            json!({"transmit_limit": limit.clone()}),
+            "`nets[0].transmit_limit` cannot",
+        ),
+    ] {
+        assert_faults([("nets", net(change), expected)]);
+    }
+}
+
+#[test]
 fn a_disk_has_a_name_of_its_own_and_files() {
     let two = json!({"serial": "a", "parts": [{"file": {"path": "/d"}}, {"file": {"path": "/e"}}]});
     let none = json!({"serial": "a", "parts": []});

@@ -13,6 +13,8 @@
 
 /// Offset of QueueNotify: where KVM's ioeventfd listens.
 pub const QUEUE_NOTIFY: u64 = 0x050;
+/// Offset of InterruptACK, which the driver writes after every interrupt.
+pub const INTERRUPT_ACK: u64 = 0x064;
 
 /// A control register: 32 bits wide, and accessed only so.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -62,7 +64,7 @@ impl Register {
             0x044 => Self::QueueReady,
             QUEUE_NOTIFY => Self::QueueNotify,
             0x060 => Self::InterruptStatus,
-            0x064 => Self::InterruptAck,
+            INTERRUPT_ACK => Self::InterruptAck,
             0x070 => Self::Status,
             0x080 => Self::QueueDescLow,
             0x084 => Self::QueueDescHigh,

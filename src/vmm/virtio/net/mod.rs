@@ -11,6 +11,7 @@
 //! - [`header`], [`control`], [`filter`], [`limiter`] decide: pure.
 //! - [`receive`] and [`transmit`] move frames of one queue pair; [`handler`] is the queue handler over them.
 //! - [`tap`] is the host's side.
+//! - [`vhost`] is another device with the same driver: its frames pass between guest and a vhost-user backend.
 //!
 //! Checksums and segmentation are left to whoever needs them, in both directions, as far as driver and host
 //! agree: between two guests on one host a TCP stream passes in frames of up to 64 KiB that nobody ever
@@ -36,6 +37,7 @@ pub mod limiter;
 pub mod receive;
 pub mod tap;
 pub mod transmit;
+pub mod vhost;
 
 use std::io;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -85,6 +87,16 @@ pub struct Identity {
 impl Identity {
     fn device(&self) -> String {
         format!("virtio-net {}", self.name)
+    }
+
+    /// `struct virtio_net_config`: mac, status, max_virtqueue_pairs, mtu.
+    fn config(&self, link_up: bool, pairs: usize) -> [u8; CONFIG_LEN] {
+        let status = if link_up { VIRTIO_NET_S_LINK_UP } else { 0 };
+        let [m0, m1, m2, m3, m4, m5] = self.mac.0;
+        let [s0, s1, ..] = status.to_le_bytes();
+        let [p0, p1] = u16::try_from(pairs).unwrap_or(u16::MAX).to_le_bytes();
+        let [u0, u1] = self.mtu.to_le_bytes();
+        [m0, m1, m2, m3, m4, m5, s0, s1, p0, p1, u0, u1]
     }
 
     fn error(&self, action: &'static str, source: io::Error) -> HostError {
@@ -218,20 +230,6 @@ impl<L: Link> Net<L> {
             self.identity.error("set up its tap", error)
         })
     }
-
-    /// `struct virtio_net_config`: mac, status, max_virtqueue_pairs, mtu.
-    fn config(&self) -> [u8; CONFIG_LEN] {
-        let status = match self.shared.settings().link_up {
-            true => VIRTIO_NET_S_LINK_UP,
-            false => 0,
-        };
-        let pairs = u16::try_from(self.queue_sizes.len() / 2).unwrap_or(u16::MAX);
-        let [m0, m1, m2, m3, m4, m5] = self.identity.mac.0;
-        let [s0, s1, ..] = status.to_le_bytes();
-        let [p0, p1] = pairs.to_le_bytes();
-        let [u0, u1] = self.identity.mtu.to_le_bytes();
-        [m0, m1, m2, m3, m4, m5, s0, s1, p0, p1, u0, u1]
-    }
 }
 
 /// Everything that the device does, and what the link can leave undone.
@@ -270,6 +268,15 @@ fn features(link: &impl Link, pairs: usize) -> u64 {
     features
 }
 
+/// Copies what lies at `offset` of the config space.
+fn read_config(config: &[u8; CONFIG_LEN], offset: u64, data: &mut [u8]) {
+    let from = usize::try_from(offset).unwrap_or(usize::MAX);
+    let source = config.get(from..).unwrap_or_default();
+    for (to, byte) in data.iter_mut().zip(source) {
+        *to = *byte;
+    }
+}
+
 impl<L: Link> VirtioDevice for Net<L> {
     fn device_type(&self) -> u32 {
         VIRTIO_ID_NET
@@ -291,13 +298,14 @@ impl<L: Link> VirtioDevice for Net<L> {
         2
     }
 
+    fn interrupts_often(&self) -> bool {
+        true
+    }
+
     fn read_config(&self, offset: u64, data: &mut [u8]) {
-        let config = self.config();
-        let from = usize::try_from(offset).unwrap_or(usize::MAX);
-        let source = config.get(from..).unwrap_or_default();
-        for (to, byte) in data.iter_mut().zip(source) {
-            *to = *byte;
-        }
+        let link_up = self.shared.settings().link_up;
+        let pairs = self.queue_sizes.len() / 2;
+        read_config(&self.identity.config(link_up, pairs), offset, data);
     }
 
     fn activate(&mut self, activation: Activation) -> Result<Box<dyn Active>, HostError> {
