@@ -152,7 +152,8 @@ impl NetBench {
             "command_line": boot,
             "cpus": self.cpus,
             "memory_mib": self.memory_mib,
-            "console": "/dev/stdout",
+            // Not every `/dev` has a `stdout`.
+            "console": "/proc/self/fd/1",
             "disks": [{"serial": "root", "read_only": true, "parts": [{"file": {"path": self.root}}]}],
             "nets": [{"name": "eth0", "tap_fds": queues, "mac": MAC}],
         })
