@@ -63,30 +63,6 @@ fn input_flows_through_an_exec_and_its_end_does_too() {
 }
 
 #[test]
-fn fifty_execs_run_at_once() {
-    let mut guest = sleeping();
-    let execs: Vec<_> = (0..50)
-        .map(|number| {
-            let id = format!("e{number}");
-            let running = guest.begin("c", &id, process("read line; echo $line"));
-            (id, running)
-        })
-        .collect();
-    // Each waits for a line that comes when all are there.
-    for (number, (id, mut running)) in execs.into_iter().enumerate().rev() {
-        running
-            .stdin
-            .take()
-            .unwrap()
-            .write_all(format!("{number}\n").as_bytes())
-            .unwrap();
-        let status = guest.exec_exited(&id);
-        assert_eq!(running.ran(status).stdout, format!("{number}\n"));
-    }
-    guest.shut_down();
-}
-
-#[test]
 fn an_exec_can_have_a_terminal_of_the_container() {
     let mut guest = sleeping();
     let (stdio, token) = guest.terminal();

@@ -20,7 +20,7 @@ use crate::testbed::{self, DIED, Job, Limits, Outer, TIMED_OUT};
 use crate::{binaries, run};
 
 /// When the watchdog ends the testbed with the whole suite in it.
-const SUITE_TIMEOUT: Duration = Duration::from_secs(20 * 60);
+const SUITE_TIMEOUT: Duration = Duration::from_secs(30 * 60);
 
 /// Runs those whose names contain `filter`.
 pub(super) fn run(parts: &Parts, filter: Option<&str>) -> Result<Counts> {
