@@ -20,7 +20,8 @@ use std::os::unix::net::UnixStream;
 
 use rustix::rand::{GetRandomFlags, getrandom};
 
-/// Connections that may wait for their token at one time. A further one displaces the oldest.
+/// Connections that may wait for their token at one time, beyond one for each token that is expected: the agent
+/// dials all streams of a burst of requests before it says the first token. A further one displaces the oldest.
 const MAX_NAMELESS: usize = 32;
 /// Bytes of a token, little-endian.
 const TOKEN_SIZE: usize = 8;
@@ -88,7 +89,7 @@ impl Pairing {
     /// Takes a connection in.
     pub(crate) fn adopt(&mut self, stream: UnixStream) -> io::Result<()> {
         stream.set_nonblocking(true)?;
-        if self.nameless.len() >= MAX_NAMELESS {
+        if self.nameless.len() >= self.expected.len().saturating_add(MAX_NAMELESS) {
             self.nameless.pop_front();
         }
         self.nameless.push_back(Nameless {
@@ -176,6 +177,18 @@ mod tests {
         drop(silent);
         assert!(pairing.turn().unwrap().is_empty());
         assert_eq!(pairing.waiting().count(), 0, "closed ones are forgotten");
+    }
+
+    #[test]
+    fn a_burst_of_expected_streams_is_kept_whole() {
+        let tokens: Vec<u64> = (0..150).collect();
+        let mut pairing = pairing(&tokens);
+        let mut guests: Vec<UnixStream> = tokens.iter().map(|_| dial(&mut pairing)).collect();
+        assert!(pairing.turn().unwrap().is_empty());
+        for (guest, token) in guests.iter_mut().zip(&tokens) {
+            guest.write_all(&token.to_le_bytes()).unwrap();
+        }
+        assert_eq!(pairing.turn().unwrap().len(), tokens.len());
     }
 
     #[test]

@@ -11,7 +11,7 @@ use cube::pod::api::body::{
     PodStatus,
 };
 use cube_guest::ProcessSpec;
-use rustix::process::Pid;
+use rustix::process::{Pid, Signal};
 use serde_json::json;
 
 use crate::fixture::{BUSYBOX, Machine, kill, machine, text};
@@ -68,10 +68,13 @@ pub(crate) fn started(machine: Machine, options: &[&str], scripts: &[&str]) -> B
 }
 
 impl Drop for Background {
-    /// A failed test says what it heard last: of a pod that has ended, why.
+    /// A failed test says what it heard last, of a pod that has ended, why, and leaves no pod behind.
     fn drop(&mut self) {
         if std::thread::panicking() {
             eprintln!("last event: {}", self.last_event.lock().unwrap());
+            for (pid, _) in self.machine.processes() {
+                let _ = rustix::process::kill_process(Pid::from_raw(pid).unwrap(), Signal::KILL);
+            }
         }
     }
 }

@@ -242,6 +242,14 @@ pub(crate) struct Running<'a> {
     stdout: Option<BufReader<ChildStdout>>,
 }
 
+impl Drop for Running<'_> {
+    /// A failed test leaves no machine behind, for which others of its values may wait.
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
 impl Running<'_> {
     /// Waits for the next line on standard output.
     pub(crate) fn line(&mut self) -> String {

@@ -28,9 +28,9 @@ fn net(socket: &Path) -> String {
     format!("vhost-user={}", socket.display())
 }
 
-/// Says the pod's link-local address.
-const ADDRESS: &str =
-    "ip -6 -o addr show dev eth0 scope link | sed 's|.*inet6 \\([^/]*\\)/.*|\\1|'";
+/// Says the pod's link-local address, once the kernel has given it one.
+const ADDRESS: &str = "until ip -6 -o addr show dev eth0 scope link | grep -q inet6; do sleep 0.1; done; \
+     ip -6 -o addr show dev eth0 scope link | sed 's|.*inet6 \\([^/]*\\)/.*|\\1|'";
 
 /// Pings, once the kernel has found that nobody else has its own address.
 fn ping(address: &str) -> String {
