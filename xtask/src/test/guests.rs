@@ -1,11 +1,11 @@
 //! The tests with real guests: directly where KVM runs them, else in the testbed.
 //!
-//! The testbed is an emulator under an emulator, and now and then one of its machines dies of itself. So what did
-//! not pass in its first boot gets one more, in a new one, a test at a time. A test that passes then is named; one
-//! that does not has failed. On a real KVM nothing is run twice.
+//! The testbed is an emulator under an emulator, and now and then one of its machines dies of itself, the outer one
+//! too. So what had not ended when it died goes on in a new one, and a test that failed gets a second try. One that
+//! passes then is named; one that does not has failed. On a real KVM nothing is run twice.
 #![forbid(unsafe_code)]
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsString;
 use std::io::{self, Write};
 use std::path::Path;
@@ -21,6 +21,9 @@ use crate::{binaries, run};
 
 /// When the watchdog ends the testbed with the whole suite in it.
 const SUITE_TIMEOUT: Duration = Duration::from_secs(30 * 60);
+
+/// Testbeds in which one suite is run, at most.
+const MAX_BOOTS: u8 = 6;
 
 /// Runs those whose names contain `filter`.
 pub(super) fn run(parts: &Parts, filter: Option<&str>) -> Result<Counts> {
@@ -62,43 +65,96 @@ fn in_testbed(
     test: &Path,
     names: BTreeSet<String>,
 ) -> Result<Counts> {
-    let all = names.len();
-    let (status, passed) = boot(outer, parts, test, &names, 2)?;
-    let left: BTreeSet<_> = names.difference(&passed).cloned().collect();
-    if left.is_empty() {
-        return match status {
-            0 => Ok(Counts::new(all, 0)),
-            status => Err(Error::Said(format!(
-                "the suite ended with status {status} and without a failed test"
-            ))),
-        };
+    let mut suite = Suite::new(names);
+    for boots in 1..=MAX_BOOTS {
+        let threads = if suite.only_failed() { 1 } else { 2 };
+        let (status, verdicts) = boot(outer, parts, test, &suite.left, threads)?;
+        suite.take(verdicts);
+        if suite.left.is_empty() {
+            if suite.failed.is_empty() && !matches!(status, 0 | DIED) {
+                return Err(Error::Said(format!(
+                    "the suite ended with status {status} and without a failed test"
+                )));
+            }
+            break;
+        }
+        suite.hung = suite.hung.saturating_add(u8::from(status == TIMED_OUT));
+        if boots == MAX_BOOTS || suite.hung == 2 {
+            println!(
+                "no further testbed; not run to their ends: {}",
+                joined(&suite.left)
+            );
+            break;
+        }
+        println!("once more, in a new testbed: {}", joined(&suite.left));
     }
-    println!("once more, in a new testbed: {}", joined(&left));
-    let (status, passed) = boot(outer, parts, test, &left, 1)?;
-    let flaky: BTreeSet<_> = left.intersection(&passed).cloned().collect();
-    let failed: BTreeSet<_> = left.difference(&passed).cloned().collect();
-    if !flaky.is_empty() {
-        println!("passed in the second testbed only: {}", joined(&flaky));
+    if !suite.flaky.is_empty() {
+        println!("passed at the second try only: {}", joined(&suite.flaky));
     }
-    match status {
-        TIMED_OUT => println!("the watchdog ended the second testbed too"),
-        DIED => println!("the second testbed died too"),
-        _ => {}
-    }
-    if !failed.is_empty() {
-        println!("failed in both testbeds: {}", joined(&failed));
-    }
-    Ok(Counts::new(all.saturating_sub(failed.len()), failed.len()))
+    Ok(suite.counts())
 }
 
-/// One boot of the testbed for these tests: its exit status, and those that passed.
+/// What is known of the tests.
+struct Suite {
+    all: usize,
+    /// To be run, or run once more.
+    left: BTreeSet<String>,
+    /// Failed once.
+    failed: BTreeSet<String>,
+    /// Failed once, and passed then.
+    flaky: BTreeSet<String>,
+    /// Failed twice.
+    lost: usize,
+    /// Testbeds that the watchdog ended.
+    hung: u8,
+}
+
+impl Suite {
+    fn new(left: BTreeSet<String>) -> Self {
+        Self {
+            all: left.len(),
+            left,
+            failed: BTreeSet::new(),
+            flaky: BTreeSet::new(),
+            lost: 0,
+            hung: 0,
+        }
+    }
+
+    /// Whether all that is left has failed once.
+    fn only_failed(&self) -> bool {
+        self.left.is_subset(&self.failed)
+    }
+
+    fn take(&mut self, verdicts: BTreeMap<String, bool>) {
+        for (name, passed) in verdicts {
+            let again = self.failed.contains(&name);
+            if passed || again {
+                self.left.remove(&name);
+            }
+            match (passed, again) {
+                (true, true) => _ = self.flaky.insert(name),
+                (true, false) => {}
+                (false, true) => self.lost = self.lost.saturating_add(1),
+                (false, false) => _ = self.failed.insert(name),
+            }
+        }
+    }
+
+    fn counts(&self) -> Counts {
+        let failed = self.lost.saturating_add(self.left.len());
+        Counts::new(self.all.saturating_sub(failed), failed)
+    }
+}
+
+/// One boot of the testbed for these tests: its exit status, and whether those that ended passed.
 fn boot(
     outer: &Outer,
     parts: &Parts,
     test: &Path,
     names: &BTreeSet<String>,
     threads: u8,
-) -> Result<(u8, BTreeSet<String>)> {
+) -> Result<(u8, BTreeMap<String, bool>)> {
     let mut words: Vec<OsString> = vec![test.into(), "--exact".into()];
     words.push(format!("--test-threads={threads}").into());
     words.extend(names.iter().map(Into::into));
@@ -111,9 +167,9 @@ fn boot(
         memory_mib: 6144,
         cpus: 2,
     };
-    let watched = Passed::default();
+    let watched = Verdicts::default();
     let status = testbed::exec(outer, &limits, &job, watched.clone())?;
-    Ok((status, watched.names()))
+    Ok((status, watched.so_far()))
 }
 
 fn joined(names: &BTreeSet<String>) -> String {
@@ -121,12 +177,12 @@ fn joined(names: &BTreeSet<String>) -> String {
     names.join(", ")
 }
 
-/// A stream to standard output that notes the tests that pass on the way.
+/// A stream to standard output that notes on the way which tests pass, and which do not.
 #[derive(Debug, Clone, Default)]
-struct Passed(Arc<Mutex<(Vec<u8>, BTreeSet<String>)>>);
+struct Verdicts(Arc<Mutex<(Vec<u8>, BTreeMap<String, bool>)>>);
 
-impl Passed {
-    fn names(&self) -> BTreeSet<String> {
+impl Verdicts {
+    fn so_far(&self) -> BTreeMap<String, bool> {
         let guard = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         guard.1.clone()
     }
@@ -134,10 +190,10 @@ impl Passed {
     /// Looks at each line; it may come in pieces.
     fn scan(&self, bytes: &[u8]) {
         let mut guard = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let (line, names) = &mut *guard;
+        let (line, verdicts) = &mut *guard;
         for &byte in bytes {
             if byte == b'\n' {
-                names.extend(passed(&String::from_utf8_lossy(line)));
+                verdicts.extend(verdict(&String::from_utf8_lossy(line)));
                 line.clear();
             } else if line.len() < 4096 {
                 line.push(byte);
@@ -146,13 +202,17 @@ impl Passed {
     }
 }
 
-/// libtest's line for a test that passed: `test ends::a_guest_that_panics ... ok`.
-fn passed(line: &str) -> Option<String> {
-    let name = line.strip_prefix("test ")?.strip_suffix(" ... ok")?;
-    Some(name.to_owned())
+/// libtest's line for a test: `test ends::a_guest_that_panics ... ok`.
+fn verdict(line: &str) -> Option<(String, bool)> {
+    let (name, verdict) = line.strip_prefix("test ")?.split_once(" ... ")?;
+    match verdict {
+        "ok" => Some((name.to_owned(), true)),
+        "FAILED" => Some((name.to_owned(), false)),
+        _ => None,
+    }
 }
 
-impl Write for Passed {
+impl Write for Verdicts {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         self.scan(bytes);
         io::stdout().write_all(bytes)?;
@@ -168,18 +228,43 @@ impl Write for Passed {
 mod tests {
     use super::*;
 
+    fn suite(names: &[&str]) -> Suite {
+        Suite::new(names.iter().map(|&name| name.to_owned()).collect())
+    }
+
+    fn heard(pieces: &[&str]) -> BTreeMap<String, bool> {
+        let watched = Verdicts::default();
+        pieces
+            .iter()
+            .for_each(|piece| watched.scan(piece.as_bytes()));
+        watched.so_far()
+    }
+
     #[test]
-    fn tests_are_listed_and_those_that_pass_are_noted() {
+    fn tests_are_listed() {
         let listed = names("ends::panic: test\nends::reset: test\n\n2 tests, 0 benchmarks\n");
         assert_eq!(joined(&listed), "ends::panic, ends::reset");
-        let watched = Passed::default();
-        for piece in [
-            "running 2 tests\ntest ends::pa",
-            "nic ... ok\ntest ends::reset ... FAILED\n",
-            "test result: FAILED. 1 passed; 1 failed\ntest ends::last ... ok",
-        ] {
-            watched.scan(piece.as_bytes());
-        }
-        assert_eq!(joined(&watched.names()), "ends::panic");
+    }
+
+    #[test]
+    fn a_test_that_fails_twice_has_failed_and_one_that_did_not_end_is_run_again() {
+        let mut suite = suite(&["a", "b", "c", "d"]);
+        suite.take(heard(&[
+            "running 4 tests\ntest a .",
+            ".. ok\ntest b ... FAILED\ntest c ... FAILED\n",
+            "test d has been running for over 60 seconds\ntest d ... ok",
+        ]));
+        assert_eq!(joined(&suite.left), "b, c, d");
+        assert!(!suite.only_failed());
+        suite.take(heard(&["test d ... ok\n"]));
+        assert!(suite.only_failed());
+        suite.take(heard(&["test b ... ok\ntest c ... FAILED\n"]));
+        assert_eq!((suite.left.len(), joined(&suite.flaky)), (0, "b".into()));
+        assert_eq!(suite.counts(), Counts::new(3, 1));
+    }
+
+    #[test]
+    fn what_never_ended_has_failed() {
+        assert_eq!(suite(&["a"]).counts(), Counts::new(0, 1));
     }
 }
