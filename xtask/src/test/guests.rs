@@ -179,18 +179,25 @@ fn joined(names: &BTreeSet<String>) -> String {
 
 /// A stream to standard output that notes on the way which tests pass, and which do not.
 #[derive(Debug, Clone, Default)]
-struct Verdicts(Arc<Mutex<(Vec<u8>, BTreeMap<String, bool>)>>);
+struct Verdicts(Arc<Mutex<Heard>>);
+
+#[derive(Debug, Default)]
+struct Heard {
+    /// The line that is not at its end yet.
+    line: Vec<u8>,
+    verdicts: BTreeMap<String, bool>,
+}
 
 impl Verdicts {
     fn so_far(&self) -> BTreeMap<String, bool> {
         let guard = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        guard.1.clone()
+        guard.verdicts.clone()
     }
 
     /// Looks at each line; it may come in pieces.
     fn scan(&self, bytes: &[u8]) {
         let mut guard = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let (line, verdicts) = &mut *guard;
+        let Heard { line, verdicts } = &mut *guard;
         for &byte in bytes {
             if byte == b'\n' {
                 verdicts.extend(verdict(&String::from_utf8_lossy(line)));
