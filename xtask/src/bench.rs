@@ -233,6 +233,7 @@ impl Parts<'_> {
         }
         let limits = Limits {
             timeout: TIMEOUT,
+            silence: None,
             memory_mib: 6144,
             cpus: 2,
         };

@@ -124,6 +124,7 @@ fn in_testbed(
     }
     let limits = Limits {
         timeout: Duration::from_secs(300),
+        silence: None,
         memory_mib: 2048,
         cpus: 2,
     };

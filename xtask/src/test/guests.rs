@@ -22,6 +22,8 @@ use crate::{binaries, run};
 /// When the watchdog ends the testbed with the whole suite in it.
 const SUITE_TIMEOUT: Duration = Duration::from_secs(30 * 60);
 
+/// No test is silent for so long, on a busy machine either.
+const SILENCE: Duration = Duration::from_secs(6 * 60);
 /// Testbeds in which one suite is run, at most.
 const MAX_BOOTS: u8 = 6;
 
@@ -164,6 +166,7 @@ fn boot(
     }
     let limits = Limits {
         timeout: SUITE_TIMEOUT,
+        silence: Some(SILENCE),
         memory_mib: 6144,
         cpus: 2,
     };

@@ -6,7 +6,7 @@ use std::fs::{self, File};
 use std::io::{Write, stderr};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
@@ -18,11 +18,17 @@ use super::{DIED, TIMED_OUT};
 use crate::error::{Doing, Error, Result};
 use crate::run::last_lines;
 
+/// How often the watchdog looks at what was said.
+const LOOK: Duration = Duration::from_secs(5);
+
 /// How large the outer machine is and how long it may run.
 #[derive(Debug, Clone)]
 pub(crate) struct Limits {
     /// The watchdog ends it then.
     pub(crate) timeout: Duration,
+    /// The watchdog ends it when standard output has been silent for so long: an emulated machine can lose its timer
+    /// and sleep for ever.
+    pub(crate) silence: Option<Duration>,
     /// Memory in MiB.
     pub(crate) memory_mib: u32,
     /// Processors.
@@ -65,30 +71,42 @@ pub(super) fn run(
         Follower::start(&path.join("stdout"), sink)?,
         Follower::start(&path.join("stderr"), stderr())?,
     ];
-    let in_time = start_and_wait(&arguments(outer, limits, &files), path, limits.timeout);
+    let end = start_and_wait(&arguments(outer, limits, &files), path, limits);
     // QEMU is gone: what it wrote is all there is.
     for stream in streams {
         stream.finish()?;
     }
-    let in_time = in_time?;
+    let end = end?;
     if let Some(status) = read_status(&share.join("status"))? {
         return Ok(status);
     }
-    if in_time {
-        eprintln!("testbed: the outer machine ended before the command did");
-        eprintln!("{}", complaints(path));
-        return Ok(DIED);
+    match end {
+        End::OfItself => eprintln!("testbed: the outer machine ended before the command did"),
+        End::Silent => eprintln!("testbed: ended, because the outer machine says nothing any more"),
+        End::Late => eprintln!(
+            "testbed: ended after {} s (see --timeout)",
+            limits.timeout.as_secs()
+        ),
     }
-    eprintln!(
-        "testbed: ended after {} s (see --timeout)",
-        limits.timeout.as_secs()
-    );
     eprintln!("{}", complaints(path));
-    Ok(TIMED_OUT)
+    Ok(match end {
+        End::OfItself | End::Silent => DIED,
+        End::Late => TIMED_OUT,
+    })
 }
 
-/// Starts QEMU, waits for its end; false if the watchdog had to end it.
-fn start_and_wait(arguments: &[OsString], path: &Path, timeout: Duration) -> Result<bool> {
+/// Why QEMU ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum End {
+    OfItself,
+    /// The watchdog ended it: it took too long.
+    Late,
+    /// The watchdog ended it: it said nothing for too long.
+    Silent,
+}
+
+/// Starts QEMU and waits for its end, or brings it about.
+fn start_and_wait(arguments: &[OsString], path: &Path, limits: &Limits) -> Result<End> {
     let log_path = path.join("qemu");
     let log = File::create(&log_path).doing("create", &log_path)?;
     let also = log.try_clone().doing("duplicate", &log_path)?;
@@ -103,25 +121,42 @@ fn start_and_wait(arguments: &[OsString], path: &Path, timeout: Duration) -> Res
             program: program.into(),
             source,
         })?;
-    let waited = wait(&child, timeout);
-    if !matches!(waited, Ok(true)) {
+    let waited = wait(&child, limits, &path.join("stdout"));
+    if !matches!(waited, Ok(End::OfItself)) {
         let _ = child.kill();
     }
     child.wait().doing("wait for", Path::new(program))?;
     waited
 }
 
-/// Whether the child ends within the time.
-fn wait(child: &Child, timeout: Duration) -> Result<bool> {
+/// Waits for the child's end, or until one of the limits is reached.
+fn wait(child: &Child, limits: &Limits, stdout: &Path) -> Result<End> {
     let what = Path::new("the outer machine");
     let pidfd = pidfd_open(Pid::from_child(child), PidfdFlags::empty()).doing("watch", what)?;
-    let time = Timespec::try_from(timeout)
-        .map_err(|_| Error::Said("the timeout is too long: use fewer seconds".into()))?;
+    let length = || fs::metadata(stdout).map_or(0, |file| file.len());
+    let began = Instant::now();
+    let (mut heard, mut last) = (began, length());
     loop {
+        let silence = limits
+            .silence
+            .map(|most| most.saturating_sub(heard.elapsed()));
+        let left = limits.timeout.saturating_sub(began.elapsed());
+        let time = left.min(silence.unwrap_or(left)).min(LOOK);
+        let time = Timespec::try_from(time)
+            .map_err(|_| Error::Said("the timeout is too long: use fewer seconds".into()))?;
         match poll(&mut [PollFd::new(&pidfd, PollFlags::IN)], Some(&time)) {
-            Ok(ready) => return Ok(ready > 0),
-            Err(rustix::io::Errno::INTR) => {}
+            Ok(1..) => return Ok(End::OfItself),
+            Ok(0) | Err(rustix::io::Errno::INTR) => {}
             Err(error) => return Err(error).doing("watch", what),
+        }
+        if length() != last {
+            (heard, last) = (Instant::now(), length());
+        }
+        if began.elapsed() >= limits.timeout {
+            return Ok(End::Late);
+        }
+        if limits.silence.is_some_and(|most| heard.elapsed() >= most) {
+            return Ok(End::Silent);
         }
     }
 }
@@ -229,6 +264,7 @@ mod tests {
         };
         let limits = Limits {
             timeout: Duration::from_secs(10),
+            silence: None,
             memory_mib: 512,
             cpus: 1,
         };
@@ -247,12 +283,22 @@ mod tests {
     }
 
     #[test]
-    fn the_watchdog_tells_an_end_from_a_hang() {
+    fn the_watchdog_tells_an_end_from_a_hang_and_from_silence() {
+        let limits = |timeout, silence| Limits {
+            timeout: Duration::from_secs(timeout),
+            silence,
+            memory_mib: 512,
+            cpus: 1,
+        };
+        let nowhere = Path::new("/nonexistent");
         let mut quick = Command::new("true").spawn().unwrap();
-        assert!(wait(&quick, Duration::from_secs(60)).unwrap());
+        let ended = wait(&quick, &limits(60, None), nowhere).unwrap();
+        assert_eq!(ended, End::OfItself);
         quick.wait().unwrap();
         let mut slow = Command::new("sleep").arg("600").spawn().unwrap();
-        assert!(!wait(&slow, Duration::ZERO).unwrap());
+        let late = wait(&slow, &limits(0, None), nowhere).unwrap();
+        let silent = wait(&slow, &limits(60, Some(Duration::ZERO)), nowhere).unwrap();
+        assert_eq!((late, silent), (End::Late, End::Silent));
         slow.kill().unwrap();
         slow.wait().unwrap();
     }

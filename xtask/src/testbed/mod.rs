@@ -76,6 +76,7 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     let outer = Outer::find_or_make(&Cache::of_user()?)?.0;
     let limits = Limits {
         timeout: Duration::from_secs(options.timeout),
+        silence: None,
         memory_mib: options.memory,
         cpus: options.cpus,
     };
