@@ -69,8 +69,7 @@ fn in_testbed(
 ) -> Result<Counts> {
     let mut suite = Suite::new(names);
     for boots in 1..=MAX_BOOTS {
-        let threads = if suite.only_failed() { 1 } else { 2 };
-        let (status, verdicts) = boot(outer, parts, test, &suite.left, threads)?;
+        let (status, verdicts) = boot(outer, parts, test, &suite.left)?;
         suite.take(verdicts);
         if suite.left.is_empty() {
             if suite.failed.is_empty() && !matches!(status, 0 | DIED) {
@@ -123,11 +122,6 @@ impl Suite {
         }
     }
 
-    /// Whether all that is left has failed once.
-    fn only_failed(&self) -> bool {
-        self.left.is_subset(&self.failed)
-    }
-
     fn take(&mut self, verdicts: BTreeMap<String, bool>) {
         for (name, passed) in verdicts {
             let again = self.failed.contains(&name);
@@ -155,10 +149,10 @@ fn boot(
     parts: &Parts,
     test: &Path,
     names: &BTreeSet<String>,
-    threads: u8,
 ) -> Result<(u8, BTreeMap<String, bool>)> {
     let mut words: Vec<OsString> = vec![test.into(), "--exact".into()];
-    words.push(format!("--test-threads={threads}").into());
+    // One at a time: with two guests on its two processors the outer machine dies, or hangs, in most runs.
+    words.push("--test-threads=1".into());
     words.extend(names.iter().map(Into::into));
     let mut job = Job::new(&words)?.directory(binaries::root());
     for (name, value) in parts.variables() {
@@ -265,9 +259,8 @@ mod tests {
             "test d has been running for over 60 seconds\ntest d ... ok",
         ]));
         assert_eq!(joined(&suite.left), "b, c, d");
-        assert!(!suite.only_failed());
         suite.take(heard(&["test d ... ok\n"]));
-        assert!(suite.only_failed());
+        assert_eq!(joined(&suite.left), "b, c");
         suite.take(heard(&["test b ... ok\ntest c ... FAILED\n"]));
         assert_eq!((suite.left.len(), joined(&suite.flaky)), (0, "b".into()));
         assert_eq!(suite.counts(), Counts::new(3, 1));
