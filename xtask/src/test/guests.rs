@@ -10,7 +10,8 @@ use std::ffi::OsString;
 use std::io::{self, Write};
 use std::path::Path;
 use std::process::Command;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread;
 use std::time::Duration;
 
 use super::count::Counts;
@@ -19,13 +20,26 @@ use crate::error::{Doing, Error, Result};
 use crate::testbed::{self, DIED, Job, Limits, Outer, TIMED_OUT};
 use crate::{binaries, run};
 
-/// When the watchdog ends the testbed with the whole suite in it.
-const SUITE_TIMEOUT: Duration = Duration::from_secs(30 * 60);
+/// Testbeds at a time, a processor and a guest in each.
+const LANES: usize = 2;
+
+/// Tests that one testbed runs, at most: with one that dies no more is lost.
+const MAX_SHARE: usize = 17;
+
+/// And at least, if there are so many: a new one takes seconds.
+const MIN_SHARE: usize = 6;
+
+/// When the watchdog ends a testbed.
+const SHARE_TIMEOUT: Duration = Duration::from_secs(20 * 60);
 
 /// No test is silent for so long, on a busy machine either.
-const SILENCE: Duration = Duration::from_secs(6 * 60);
-/// Testbeds in which one suite is run, at most.
-const MAX_BOOTS: u8 = 6;
+const SILENCE: Duration = Duration::from_secs(4 * 60);
+
+/// Bytes of a line that are shown in one piece.
+const MAX_LINE: usize = 4096;
+
+/// Testbeds that end before their tests do: after so many there is no further one.
+const MAX_ENDED_EARLY: usize = 8;
 
 /// Runs those whose names contain `filter`.
 pub(super) fn run(parts: &Parts, filter: Option<&str>) -> Result<Counts> {
@@ -67,38 +81,32 @@ fn in_testbed(
     test: &Path,
     names: BTreeSet<String>,
 ) -> Result<Counts> {
-    let mut suite = Suite::new(names);
-    for boots in 1..=MAX_BOOTS {
-        let (status, verdicts) = boot(outer, parts, test, &suite.left)?;
-        suite.take(verdicts);
-        if suite.left.is_empty() {
-            if suite.failed.is_empty() && !matches!(status, 0 | DIED) {
-                return Err(Error::Said(format!(
-                    "the suite ended with status {status} and without a failed test"
-                )));
-            }
-            break;
+    let suite = Mutex::new(Suite::new(names));
+    let lane = || -> Result<()> {
+        while let Some(share) = locked(&suite).next_share() {
+            let ran = boot(outer, parts, test, &share);
+            locked(&suite).take(share, ran?)?;
         }
-        suite.hung = suite.hung.saturating_add(u8::from(status == TIMED_OUT));
-        if boots == MAX_BOOTS || suite.hung == 2 {
-            println!(
-                "no further testbed; not run to their ends: {}",
-                joined(&suite.left)
-            );
-            break;
-        }
-        println!("once more, in a new testbed: {}", joined(&suite.left));
-    }
-    if !suite.flaky.is_empty() {
-        println!("passed at the second try only: {}", joined(&suite.flaky));
-    }
+        Ok(())
+    };
+    thread::scope(|scope| {
+        let lanes: Vec<_> = (0..LANES).map(|_| scope.spawn(lane)).collect();
+        let mut ends = lanes.into_iter().map(|lane| lane.join());
+        ends.try_for_each(|end| end.unwrap_or_else(|_| Err(Error::Said("a lane panicked".into()))))
+    })?;
+    let suite = suite.into_inner().unwrap_or_else(PoisonError::into_inner);
+    suite.tell();
     Ok(suite.counts())
+}
+
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// What is known of the tests.
 struct Suite {
     all: usize,
-    /// To be run, or run once more.
+    /// To be run, or run once more; no lane has them.
     left: BTreeSet<String>,
     /// Failed once.
     failed: BTreeSet<String>,
@@ -106,9 +114,12 @@ struct Suite {
     flaky: BTreeSet<String>,
     /// Failed twice.
     lost: usize,
-    /// Testbeds that the watchdog ended.
-    hung: u8,
+    /// Testbeds that ended before their tests did.
+    ended_early: usize,
 }
+
+/// How one testbed ended: its status, and whether those tests passed that ended.
+type Ran = (u8, BTreeMap<String, bool>);
 
 impl Suite {
     fn new(left: BTreeSet<String>) -> Self {
@@ -118,22 +129,63 @@ impl Suite {
             failed: BTreeSet::new(),
             flaky: BTreeSet::new(),
             lost: 0,
-            hung: 0,
+            ended_early: 0,
         }
     }
 
-    fn take(&mut self, verdicts: BTreeMap<String, bool>) {
+    /// Tests for a lane that has none: fewer towards the end, so that the lanes end together. None when there are none,
+    /// or when too many testbeds have ended early.
+    fn next_share(&mut self) -> Option<BTreeSet<String>> {
+        if self.left.is_empty() || self.ended_early > MAX_ENDED_EARLY {
+            return None;
+        }
+        let fair = self.left.len().div_ceil(LANES).clamp(MIN_SHARE, MAX_SHARE);
+        let rest = self.left.iter().nth(fair).cloned();
+        let rest = rest.map_or_else(BTreeSet::new, |first| self.left.split_off(&first));
+        Some(std::mem::replace(&mut self.left, rest))
+    }
+
+    /// What came of a share.
+    fn take(&mut self, share: BTreeSet<String>, (status, verdicts): Ran) -> Result<()> {
+        let mut again = share;
+        let failed = verdicts.values().any(|passed| !passed);
         for (name, passed) in verdicts {
-            let again = self.failed.contains(&name);
-            if passed || again {
-                self.left.remove(&name);
-            }
-            match (passed, again) {
+            again.remove(&name);
+            match (passed, self.failed.contains(&name)) {
                 (true, true) => _ = self.flaky.insert(name),
                 (true, false) => {}
                 (false, true) => self.lost = self.lost.saturating_add(1),
-                (false, false) => _ = self.failed.insert(name),
+                (false, false) => {
+                    self.left.insert(name.clone());
+                    self.failed.insert(name);
+                }
             }
+        }
+        if again.is_empty() {
+            return match status {
+                0 | DIED | TIMED_OUT => Ok(()),
+                _ if failed => Ok(()),
+                _ => Err(Error::Said(format!(
+                    "tests ended with status {status}, and none of them has failed"
+                ))),
+            };
+        }
+        println!("once more, in a new testbed: {}", joined(&again));
+        self.ended_early = self.ended_early.saturating_add(1);
+        self.left.extend(again);
+        Ok(())
+    }
+
+    /// Says what the counts do not.
+    fn tell(&self) {
+        if !self.left.is_empty() {
+            println!(
+                "no further testbed; not run to their ends: {}",
+                joined(&self.left)
+            );
+        }
+        if !self.flaky.is_empty() {
+            println!("passed at the second try only: {}", joined(&self.flaky));
         }
     }
 
@@ -143,15 +195,9 @@ impl Suite {
     }
 }
 
-/// One boot of the testbed for these tests: its exit status, and whether those that ended passed.
-fn boot(
-    outer: &Outer,
-    parts: &Parts,
-    test: &Path,
-    names: &BTreeSet<String>,
-) -> Result<(u8, BTreeMap<String, bool>)> {
+/// One boot of the testbed for these tests.
+fn boot(outer: &Outer, parts: &Parts, test: &Path, names: &BTreeSet<String>) -> Result<Ran> {
     let mut words: Vec<OsString> = vec![test.into(), "--exact".into()];
-    // One at a time: with two guests on its two processors the outer machine dies, or hangs, in most runs.
     words.push("--test-threads=1".into());
     words.extend(names.iter().map(Into::into));
     let mut job = Job::new(&words)?.directory(binaries::root());
@@ -159,14 +205,18 @@ fn boot(
         job = job.variable(name, value);
     }
     let limits = Limits {
-        timeout: SUITE_TIMEOUT,
+        timeout: SHARE_TIMEOUT,
         silence: Some(SILENCE),
         memory_mib: 6144,
-        cpus: 2,
+        // With more, guests on several of its processors at a time, the outer machine dies, or hangs, in most runs.
+        cpus: 1,
     };
     let watched = Verdicts::default();
     let status = testbed::exec(outer, &limits, &job, watched.clone())?;
-    Ok((status, watched.so_far()))
+    let verdicts = watched
+        .finish()
+        .doing("write to", Path::new("standard output"))?;
+    Ok((status, verdicts))
 }
 
 fn joined(names: &BTreeSet<String>) -> String {
@@ -174,35 +224,48 @@ fn joined(names: &BTreeSet<String>) -> String {
     names.join(", ")
 }
 
-/// A stream to standard output that notes on the way which tests pass, and which do not.
+/// A stream to standard output, a line at a time, that notes on the way which tests pass, and which do not.
 #[derive(Debug, Clone, Default)]
 struct Verdicts(Arc<Mutex<Heard>>);
 
 #[derive(Debug, Default)]
 struct Heard {
-    /// The line that is not at its end yet.
+    /// The line that is not at its end yet; another lane's may be shown before it is.
     line: Vec<u8>,
     verdicts: BTreeMap<String, bool>,
 }
 
 impl Verdicts {
-    fn so_far(&self) -> BTreeMap<String, bool> {
-        let guard = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        guard.verdicts.clone()
+    /// What there is when the stream has ended.
+    fn finish(&self) -> io::Result<BTreeMap<String, bool>> {
+        let heard = &mut *locked(&self.0);
+        if !heard.line.is_empty() {
+            heard.line.push(b'\n');
+            heard.show(&mut io::stdout())?;
+        }
+        Ok(std::mem::take(&mut heard.verdicts))
     }
 
-    /// Looks at each line; it may come in pieces.
-    fn scan(&self, bytes: &[u8]) {
-        let mut guard = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let Heard { line, verdicts } = &mut *guard;
+    /// Takes bytes as they come, in pieces of lines, and shows the lines.
+    fn scan(&self, bytes: &[u8], mut shown: impl Write) -> io::Result<()> {
+        let heard = &mut *locked(&self.0);
         for &byte in bytes {
-            if byte == b'\n' {
-                verdicts.extend(verdict(&String::from_utf8_lossy(line)));
-                line.clear();
-            } else if line.len() < 4096 {
-                line.push(byte);
+            heard.line.push(byte);
+            if byte == b'\n' || heard.line.len() == MAX_LINE {
+                heard.show(&mut shown)?;
             }
         }
+        Ok(())
+    }
+}
+
+impl Heard {
+    fn show(&mut self, shown: &mut impl Write) -> io::Result<()> {
+        self.verdicts
+            .extend(verdict(String::from_utf8_lossy(&self.line).trim_end()));
+        shown.write_all(&self.line)?;
+        self.line.clear();
+        Ok(())
     }
 }
 
@@ -218,8 +281,7 @@ fn verdict(line: &str) -> Option<(String, bool)> {
 
 impl Write for Verdicts {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.scan(bytes);
-        io::stdout().write_all(bytes)?;
+        self.scan(bytes, io::stdout())?;
         Ok(bytes.len())
     }
 
@@ -237,11 +299,12 @@ mod tests {
     }
 
     fn heard(pieces: &[&str]) -> BTreeMap<String, bool> {
-        let watched = Verdicts::default();
-        pieces
-            .iter()
-            .for_each(|piece| watched.scan(piece.as_bytes()));
-        watched.so_far()
+        let (watched, mut shown) = (Verdicts::default(), Vec::new());
+        for piece in pieces {
+            watched.scan(piece.as_bytes(), &mut shown).unwrap();
+            assert!(shown.is_empty() || shown.ends_with(b"\n"), "half a line");
+        }
+        watched.finish().unwrap()
     }
 
     #[test]
@@ -253,21 +316,44 @@ mod tests {
     #[test]
     fn a_test_that_fails_twice_has_failed_and_one_that_did_not_end_is_run_again() {
         let mut suite = suite(&["a", "b", "c", "d"]);
-        suite.take(heard(&[
+        let mut run = |status, pieces: &[&str]| {
+            let share = std::mem::take(&mut suite.left);
+            suite.take(share, (status, heard(pieces))).unwrap();
+            joined(&suite.left)
+        };
+        let first = [
             "running 4 tests\ntest a .",
             ".. ok\ntest b ... FAILED\ntest c ... FAILED\n",
-            "test d has been running for over 60 seconds\ntest d ... ok",
-        ]));
-        assert_eq!(joined(&suite.left), "b, c, d");
-        suite.take(heard(&["test d ... ok\n"]));
-        assert_eq!(joined(&suite.left), "b, c");
-        suite.take(heard(&["test b ... ok\ntest c ... FAILED\n"]));
-        assert_eq!((suite.left.len(), joined(&suite.flaky)), (0, "b".into()));
+            "test d has been running for over 60 seconds\ntest d ... o",
+        ];
+        assert_eq!(run(DIED, &first), "b, c, d");
+        assert_eq!(run(DIED, &["test d ... ok\n"]), "b, c");
+        assert_eq!(run(101, &["test b ... ok\ntest c ... FAILED\n"]), "");
+        assert_eq!(joined(&suite.flaky), "b");
         assert_eq!(suite.counts(), Counts::new(3, 1));
     }
 
     #[test]
-    fn what_never_ended_has_failed() {
-        assert_eq!(suite(&["a"]).counts(), Counts::new(0, 1));
+    fn shares_are_of_all_tests_and_smaller_towards_the_end() {
+        let names: Vec<String> = (10..50).map(|n| n.to_string()).collect();
+        let mut suite = suite(&names.iter().map(String::as_str).collect::<Vec<_>>());
+        let shares: Vec<_> = std::iter::from_fn(|| suite.next_share()).collect();
+        let sizes: Vec<usize> = shares.iter().map(BTreeSet::len).collect();
+        assert_eq!(sizes, [17, 12, 6, 5]);
+        assert_eq!(shares.into_iter().flatten().collect::<Vec<_>>(), names);
+    }
+
+    #[test]
+    fn what_never_ended_has_failed_and_is_not_tried_for_ever() {
+        let mut suite = suite(&["a"]);
+        let mut boots = 0;
+        while let Some(share) = suite.next_share() {
+            suite.take(share, (DIED, BTreeMap::new())).unwrap();
+            boots += 1;
+        }
+        assert_eq!(
+            (boots, suite.counts()),
+            (MAX_ENDED_EARLY + 1, Counts::new(0, 1))
+        );
     }
 }

@@ -187,9 +187,12 @@ fn arguments(outer: &Outer, limits: &Limits, files: &Files) -> Vec<OsString> {
     ]);
     // The second watchdog, inside, for when this process is gone.
     let timeout = limits.timeout.as_secs().saturating_add(30);
+    // A processor that is stuck for a minute ends the machine: it does not come back.
     add(&[
         "-append",
-        &format!("console=ttyS0 quiet panic=-1 mitigations=off testbed.timeout={timeout}"),
+        &format!(
+            "console=ttyS0 quiet panic=-1 softlockup_panic=1 watchdog_thresh=30 mitigations=off testbed.timeout={timeout}"
+        ),
     ]);
     add(&[
         "-serial",
