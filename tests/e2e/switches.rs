@@ -32,10 +32,10 @@ fn net(socket: &Path) -> String {
 const ADDRESS: &str = "until ip -6 -o addr show dev eth0 scope link | grep -q inet6; do sleep 0.1; done; \
      ip -6 -o addr show dev eth0 scope link | sed 's|.*inet6 \\([^/]*\\)/.*|\\1|'";
 
-/// Pings, once the kernel has found that nobody else has its own address.
+/// Pings, once the kernel has an address of its own and has found that nobody else has it.
 fn ping(address: &str) -> String {
     format!(
-        "while ip -6 addr show dev eth0 | grep -q tentative; do sleep 0.1; done; \
+        "until ip -6 addr show dev eth0 | grep inet6 | grep -qv tentative; do sleep 0.1; done; \
          ping -c 5 -I eth0 {address} > /dev/null && echo reached"
     )
 }

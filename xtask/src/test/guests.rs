@@ -83,11 +83,14 @@ fn in_testbed(
 ) -> Result<Counts> {
     let suite = Mutex::new(Suite::new(names));
     let lane = || -> Result<()> {
-        while let Some(share) = locked(&suite).next_share() {
-            let ran = boot(outer, parts, test, &share);
-            locked(&suite).take(share, ran?)?;
+        loop {
+            // Not in a `while let`, which would hold the lock for as long as the testbed runs.
+            let Some(share) = locked(&suite).next_share() else {
+                return Ok(());
+            };
+            let ran = boot(outer, parts, test, &share)?;
+            locked(&suite).take(share, ran)?;
         }
-        Ok(())
     };
     thread::scope(|scope| {
         let lanes: Vec<_> = (0..LANES).map(|_| scope.spawn(lane)).collect();
