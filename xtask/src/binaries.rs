@@ -75,6 +75,11 @@ impl Metadata {
     }
 }
 
+/// `cube-init` is the only program of its file system, and every pod's memory holds it: no dynamic linking, no
+/// relocations, no tables to unwind what aborts anyway.
+const INIT_FLAGS: &str =
+    "-C target-feature=+crt-static -C relocation-model=static -C force-unwind-tables=no";
+
 /// The step that builds `cube-init`, and the benchmarks' init beside it; gives its path.
 pub(crate) fn init(steps: &mut Steps) -> Result<PathBuf> {
     steps.step("cube-init", || {
@@ -84,7 +89,8 @@ pub(crate) fn init(steps: &mut Steps) -> Result<PathBuf> {
             .args([
                 "build",
                 "--quiet",
-                "--release",
+                "--profile",
+                "init",
                 "--package",
                 "cube-guest",
                 "--bins",
@@ -96,11 +102,11 @@ pub(crate) fn init(steps: &mut Steps) -> Result<PathBuf> {
             .env_remove("CARGO_ENCODED_RUSTFLAGS")
             .env(
                 "CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUSTFLAGS",
-                "-C target-feature=+crt-static",
+                INIT_FLAGS,
             );
         run::shown(&mut build)?;
         Ok((
-            directory.join(INIT_TARGET).join("release/cube-init"),
+            directory.join(INIT_TARGET).join("init/cube-init"),
             Outcome::Done,
         ))
     })
