@@ -11,6 +11,7 @@
 //! - `container`: containers and execs; `channel`: the bytes of one stream; `log_file`: logs in CRI format.
 //! - [`event_log`]: what happened; `feed`: bodies that go on.
 //! - [`metrics`]: what the pod uses as Prometheus text; `volume`, `upload`: volumes and the files for them.
+//! - [`stand_in`]: a pod whose machine is played.
 //! - `machinery`: the machine as the supervisor sees it; `ready`: what a poll found.
 //! - `frames`: control frames out of a non-blocking connection.
 //! - `pairing`: streams matched to their owners by token.
@@ -33,6 +34,7 @@ pub(crate) mod ready;
 pub mod seccomp_profile;
 pub(crate) mod serve;
 pub mod session;
+pub mod stand_in;
 pub mod supervisor;
 pub(crate) mod upload;
 pub(crate) mod volume;

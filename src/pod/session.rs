@@ -285,16 +285,6 @@ impl Session {
         interests
     }
 
-    /// Whether the handshake is done and the connection up.
-    pub fn is_ready(&self) -> bool {
-        self.state == State::Ready
-    }
-
-    /// Requests that have not been answered.
-    pub fn unanswered(&self) -> usize {
-        self.unanswered.len()
-    }
-
     /// Queues a request; its reply carries the id returned.
     ///
     /// # Errors
