@@ -336,7 +336,13 @@ impl Session {
                 Fill::Bytes => {}
             }
             while let Some(message) = self.incoming.next()? {
-                events.push(self.take(message)?);
+                let event = self.take(message)?;
+                let failed = matches!(event, SessionEvent::Failed { .. });
+                events.push(event);
+                if failed {
+                    // Before its end is read and the guest told: it would power off as if all were well.
+                    return Ok(());
+                }
             }
         }
         Ok(())

@@ -159,10 +159,13 @@ fn a_pod_that_cannot_be_set_up_says_why_and_ends() {
     pair.say(&failed());
     pair.agent.shutdown(Shutdown::Write).unwrap();
     let events = pair.turn().unwrap();
-    let [SessionEvent::Failed { reason }, SessionEvent::Closed] = &events[..] else {
+    let [SessionEvent::Failed { reason }] = &events[..] else {
         panic!("{events:?}");
     };
     assert_eq!(reason, "no disk\u{fffd}");
+    // Its owner knows the reason before the guest is let go.
+    assert!(pair.session.control.is_some());
+    assert!(matches!(pair.turn().unwrap()[..], [SessionEvent::Closed]));
 
     let mut pair = Pair::ready();
     pair.say(&started("c"));
