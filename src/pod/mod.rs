@@ -4,7 +4,7 @@
 //! to poll. It knows nothing of command lines, images or processes. The thread that owns the pod's
 //! poll loop owns everything here.
 //!
-//! - [`session`]: the state machine that turns control frames into [`SessionEvent`]s.
+//! - [`session`]: the state machine that turns control frames into [`session::SessionEvent`]s.
 //! - [`listen`]: the two sockets at which a vsock device delivers what the guest dials.
 //! - [`supervisor`]: the pod process's own loop: machine, session and API in one.
 //! - [`api`]: the HTTP server; `serve`: what each route does; `pending`: what waits for the agent.
@@ -39,6 +39,4 @@ pub mod supervisor;
 pub(crate) mod upload;
 pub(crate) mod volume;
 
-pub use listen::{ListenError, Ports};
 pub use pairing::new_token;
-pub use session::{Session, SessionError, SessionEvent};

@@ -8,7 +8,7 @@ use cube_guest::{ContainerSpec, ProcessId, ProcessSpec, RootFs, TerminalSize, fr
 use rustix::event::{PollFd, poll};
 
 use super::*;
-use crate::pod::Ports;
+use crate::pod::listen::Ports;
 
 const STDOUT: u64 = 11;
 const STDERR: u64 = 12;
