@@ -4,6 +4,7 @@
 //! - `run` makes a request of the options; `stay` stays with the pod until its container has ended.
 //! - `exec` and `attach` are `relay` with a process of a pod that runs.
 
+mod asked;
 mod attach;
 mod bench;
 mod completions;

@@ -1,6 +1,9 @@
 //! A process of a running pod and this process's standard streams: what `cube exec` and `cube attach` share.
 #![forbid(unsafe_code)]
 
+use std::io;
+use std::os::unix::net::UnixStream;
+
 use rustix::event::{PollFd, PollFlags, poll};
 
 use super::failure::Failure;
@@ -51,19 +54,17 @@ impl Process<'_> {
             self.api.upgrade(&path).map_err(Failure::new)
         };
         if streams.tty {
-            let stream = open("tty")?;
-            if streams.interactive {
-                let input = stream.try_clone().map_err(Failure::new)?;
-                relays.input(input).map_err(Failure::new)?;
-            }
-            let relaying = relays.output(stream, Output::Stdout);
+            let relaying = relay_terminal(relays, open("tty")?, streams.interactive);
             return relaying.map_err(Failure::new).map(|()| 1);
         }
         for (stream, output) in [("stdout", Output::Stdout), ("stderr", Output::Stderr)] {
-            relays.output(open(stream)?, output).map_err(Failure::new)?;
+            let stream = open(stream)?;
+            let relaying = relays.output(move || Ok(stream), output);
+            relaying.map_err(Failure::new)?;
         }
         if streams.interactive {
-            relays.input(open("stdin")?).map_err(Failure::new)?;
+            let stream = open("stdin")?;
+            relays.input(move || Ok(stream)).map_err(Failure::new)?;
         }
         Ok(2)
     }
@@ -128,4 +129,17 @@ impl Process<'_> {
             None => Ok(exit.exit_code),
         }
     }
+}
+
+/// A terminal's stream goes both ways.
+pub(super) fn relay_terminal(
+    relays: &Relays,
+    stream: UnixStream,
+    interactive: bool,
+) -> io::Result<()> {
+    if interactive {
+        let input = stream.try_clone()?;
+        relays.input(move || Ok(input))?;
+    }
+    relays.output(move || Ok(stream), Output::Stdout)
 }

@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use clap::Args;
 use cube_guest::{ContainerSpec, PodSpec, ProcessSpec, RootFs, SecuritySpec, Stdio, TerminalSize};
 
+use super::asked::Asked;
 use super::failure::{Failure, STATUS_HELP};
 use super::image_disks::{self, Resolved};
 use super::images::StoreArgs;
@@ -150,7 +151,7 @@ pub(crate) fn run(mut arguments: RunArgs, origin: u64) -> Result<u8, Failure> {
     let format = arguments.timeline;
     let image = image_disks::resolve(&arguments.store, &arguments.image, arguments.disk_size, 0)?;
     timeline.mark("image resolved");
-    let interactive = arguments.interactive;
+    let (interactive, tty) = (arguments.interactive, arguments.tty);
     let base = base_directory().map_err(Failure::new)?;
     let id = new_id().map_err(Failure::new)?;
     let mut network = PodNetwork::connect(&arguments.net, &base, &id, arguments.cpus)?;
@@ -158,13 +159,15 @@ pub(crate) fn run(mut arguments: RunArgs, origin: u64) -> Result<u8, Failure> {
         timeline.mark("network made");
     }
     let (request, stdio) = request(&mut arguments, id, image, network.as_mut())?;
-    let pod = Pod::start(&base, request).map_err(Failure::new)?;
+    let started = Pod::start(&base, request, |api| Asked::of(api, CONTAINER, &stdio));
+    let (pod, asked) = started.map_err(Failure::new)?;
     timeline.mark("machine spawned");
     let outcome = stay(
         pod,
+        asked,
         Attachment {
             container: CONTAINER.to_owned(),
-            stdio,
+            tty,
             interactive,
             signals,
             timeline,

@@ -1,28 +1,33 @@
 //! Stays with a pod until its container has ended: streams, signals, terminal, exit status.
 //!
 //! ```text
-//!             Started              Exited, outputs at their end        control connection closed
+//!             started              exited, outputs at their end        the pod's process ends
 //!  Starting ──────────▶ Running ──────────────────────────────▶ Ending ──────────▶ container's status
 //!      │                   │                                       │ the machine does not end: it is
 //!      │                   │                                       ▼ killed, the status stands
 //!      └── machine ends ───┴── machine ends ──▶ 1 before, 125 after the start
 //! ```
+//!
+//! It is a client of the pod's API like any other, but for what it asked before the pod was there ([`Asked`]).
 #![forbid(unsafe_code)]
 
+use std::io;
 use std::time::{Duration, Instant};
 
-use cube_guest::{ExitStatus, HostRequest, ProcessId, Stdio};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
+use super::asked::Asked;
 use super::failure::{FAILURE, Failure, LOST, USAGE};
+use super::relay::relay_terminal;
 use super::signals::{Arrived, Signals, asks_to_end};
-use super::stdio::{Output, Relays};
+use super::stdio::Relays;
 use super::terminal::{self, RawMode};
 use super::timeline::Timeline;
-use crate::client::{MachineEnd, Pod, PodError, PodEvent};
-use crate::pod::SessionEvent;
+use crate::client::{ApiError, MachineEnd, Pod};
+use crate::pod::api::body::{Exit, Kill};
+use crate::pod::event_log::{EventKind, PodEventRecord};
 
-/// How long a machine may take to power off after its container's end, or to end after its session
+/// How long a machine may take to power off after its container's end, or to end after its API
 /// broke, before it is killed.
 const GRACE: Duration = Duration::from_secs(5);
 /// That many requests to end, unanswered by the guest, end the machine.
@@ -32,8 +37,8 @@ const PATIENCE: usize = 3;
 pub(crate) struct Attachment {
     /// The container's id.
     pub(crate) container: String,
-    /// Its standard streams.
-    pub(crate) stdio: Stdio,
+    /// Whether it has a terminal.
+    pub(crate) tty: bool,
     /// Whether standard input goes to the terminal.
     pub(crate) interactive: bool,
     /// Signals, caught since before the pod's start.
@@ -53,17 +58,17 @@ pub(crate) struct Outcome {
 #[derive(Debug, Default)]
 struct State {
     started: bool,
-    exited: Option<ExitStatus>,
+    exited: bool,
+    /// How the container ended: known when all of its output was sent here.
+    exit: Option<Exit>,
     /// Outputs that have not come to their end.
     outputs: usize,
-    /// Of these, the ones that are connected.
+    /// Of these, the ones that are relayed.
     relaying: usize,
-    /// The guest said all it had to say.
-    closed: bool,
     ended: Option<MachineEnd>,
     /// What to report when the machine has ended.
     failure: Option<Failure>,
-    /// Why the session broke: counts if the machine does not know better.
+    /// Why the API broke: counts if the machine does not know better.
     broken: Option<Failure>,
     /// Arrived before the container ran.
     held: Option<u8>,
@@ -74,17 +79,13 @@ struct Run {
     pod: Pod,
     relays: Relays,
     attachment: Attachment,
+    asked: Asked,
     raw: Option<RawMode>,
     state: State,
 }
 
 /// Relays until the container has ended and all its output has been written.
-pub(crate) fn stay(pod: Pod, attachment: Attachment) -> Outcome {
-    let outputs = match &attachment.stdio {
-        Stdio::Null => 0,
-        Stdio::Pipes { stdout, stderr, .. } => [stdout, stderr].into_iter().flatten().count(),
-        Stdio::Terminal { .. } => 1,
-    };
+pub(crate) fn stay(pod: Pod, asked: Asked, attachment: Attachment) -> Outcome {
     let relays = match Relays::new() {
         Ok(relays) => relays,
         Err(error) => {
@@ -98,12 +99,13 @@ pub(crate) fn stay(pod: Pod, attachment: Attachment) -> Outcome {
         pod,
         relays,
         attachment,
+        asked,
         raw: None,
-        state: State {
-            outputs,
-            ..State::default()
-        },
+        state: State::default(),
     };
+    if let Err(error) = run.relay() {
+        run.lose(error.into());
+    }
     let result = run.until_the_end();
     // Before anything is said on the terminal.
     run.raw = None;
@@ -115,19 +117,34 @@ pub(crate) fn stay(pod: Pod, attachment: Attachment) -> Outcome {
 }
 
 impl Run {
+    /// Relays the streams. A terminal is this program's until the container runs.
+    fn relay(&mut self) -> io::Result<()> {
+        self.state.outputs = usize::from(self.asked.terminal.is_some());
+        for (output, upgrading) in std::mem::take(&mut self.asked.outputs) {
+            self.relays.output(move || upgrading.finish(), output)?;
+            self.state.outputs += 1;
+            self.state.relaying += 1;
+        }
+        match self.asked.input.take() {
+            Some(upgrading) => self.relays.input(move || upgrading.finish()),
+            None => Ok(()),
+        }
+    }
+
     fn until_the_end(&mut self) -> Result<u8, Failure> {
         loop {
             if let Some(result) = self.result() {
                 return result;
             }
             self.wait().map_err(|error| self.own_failure(error))?;
-            let mut events = Vec::new();
-            let result = self.pod.turn(&mut events);
-            for event in events {
-                self.take(event)?;
+            // Before the API: once the process is gone its connections hold all that will ever come.
+            let turned = self.pod.turn().map(|end| end.cloned());
+            let ended = turned.map_err(|error| self.own_failure(error))?;
+            if let Err(error) = self.hear_pod() {
+                self.lose(error);
             }
-            result.map_err(|error| self.own_failure(error))?;
             self.take_relay_ends();
+            self.state.ended = ended;
             for signal in self.attachment.signals.arrived() {
                 self.take_signal(signal)?;
             }
@@ -136,21 +153,26 @@ impl Run {
     }
 
     /// A failure of the host's, which leaves the container in the dark.
-    fn own_failure(&self, error: impl Into<PodError>) -> Failure {
+    fn own_failure(&self, error: impl std::fmt::Display) -> Failure {
         let status = if self.state.started { LOST } else { FAILURE };
-        Failure::with_status(status, error.into())
+        Failure::with_status(status, format!("cannot serve the pod: {error}"))
     }
 
-    fn wait(&self) -> std::io::Result<()> {
-        let mut fds: Vec<PollFd<'_>> = self
-            .pod
-            .interests()
-            .into_iter()
-            .map(|(fd, flags)| PollFd::from_borrowed_fd(fd, flags))
-            .collect();
-        for fd in [self.relays.interest(), self.attachment.signals.interest()] {
-            fds.push(PollFd::from_borrowed_fd(fd, PollFlags::IN));
-        }
+    /// The API broke. The machine may have ended, which it then says itself.
+    fn lose(&mut self, error: ApiError) {
+        let failure = self.own_failure(error);
+        self.state.broken.get_or_insert(failure);
+        self.asked.give_up();
+        self.state.deadline.get_or_insert(Instant::now() + GRACE);
+    }
+
+    fn wait(&self) -> io::Result<()> {
+        let mut interests = self.pod.interests();
+        interests.extend(self.asked.interests());
+        interests.push(self.relays.interest());
+        interests.push(self.attachment.signals.interest());
+        let readable = |fd| PollFd::from_borrowed_fd(fd, PollFlags::IN);
+        let mut fds: Vec<PollFd<'_>> = interests.into_iter().map(readable).collect();
         let timeout = self.state.deadline.map(|deadline| {
             let left = deadline.saturating_duration_since(Instant::now());
             Timespec::try_from(left).unwrap_or_default()
@@ -172,91 +194,69 @@ impl Run {
         if let Some(failure) = state.failure.as_ref().or(broken) {
             return Some(Err(failure.clone()));
         }
-        let complete = state.outputs == 0 && (state.closed || end.killed_here);
-        Some(match &state.exited {
-            // A guest powers off in good order only after its output was taken.
-            Some(status) if complete || end.status.success() => exit_status(status),
-            _ if state.started => Err(Failure::lost(format!(
+        Some(match &state.exit {
+            Some(exit) => exit_status(exit),
+            None if state.started => Err(Failure::lost(format!(
                 "the machine ended before its container: {}",
                 end.sentence()
             ))),
             // The VMM says 2 of values that no machine can have, as this program does.
-            _ if end.status.code() == Some(USAGE.into()) => Err(Failure::usage(end.sentence())),
-            _ => Err(Failure::new(end.sentence())),
+            None if end.status.code() == Some(USAGE.into()) => Err(Failure::usage(end.sentence())),
+            None => Err(Failure::new(end.sentence())),
         })
     }
 
-    fn take(&mut self, event: PodEvent) -> Result<(), Failure> {
-        match event {
-            PodEvent::Session(event) => self.take_session_event(event)?,
-            PodEvent::Broken(error) => {
-                let status = if self.state.started { LOST } else { FAILURE };
-                self.state.broken = Some(Failure::with_status(status, error));
-                self.state.deadline = Some(Instant::now() + GRACE);
-            }
-            PodEvent::Ended(end) => self.state.ended = Some(end),
+    /// Takes what the pod answered.
+    fn hear_pod(&mut self) -> Result<(), ApiError> {
+        while let Some(event) = self.asked.next_event()? {
+            self.take_event(event)?;
         }
-        Ok(())
+        if self.asked.is_over() {
+            self.state.deadline.get_or_insert(Instant::now() + GRACE);
+        }
+        if let Some(exit) = self.asked.exit()? {
+            self.state.exit = Some(exit);
+        }
+        self.asked.forget_answered()
     }
 
-    fn take_session_event(&mut self, event: SessionEvent) -> Result<(), Failure> {
-        match event {
-            // A signal that came too late, or a resize of no terminal: nothing to be done.
-            SessionEvent::Ready { .. } | SessionEvent::Reply { .. } => {}
-            // The exit status says what killed the container; execs are not asked for.
-            SessionEvent::OomKilled { .. } | SessionEvent::ExecExited { .. } => {}
-            SessionEvent::Stream { token, stream } => {
-                self.take_stream(token, stream)
-                    .map_err(|error| self.own_failure(error))?;
-            }
-            SessionEvent::Started { .. } => {
+    fn take_event(&mut self, event: PodEventRecord) -> Result<(), ApiError> {
+        if event.container.as_ref() != Some(&self.attachment.container) {
+            return Ok(());
+        }
+        match event.kind {
+            EventKind::Started => {
                 self.state.started = true;
+                self.relay_terminal(self.attachment.interactive)?;
                 // The size may have changed since it was put into the specification.
                 self.resize();
                 if let Some(signal) = self.state.held.take() {
                     self.forward(signal);
                 }
             }
-            SessionEvent::Exited { status, .. } => {
+            EventKind::Exited => {
                 self.attachment.timeline.mark("container exited");
-                self.state.exited = Some(status);
+                self.state.exited = true;
+                // Of one that never ran, the end of its stream.
+                self.relay_terminal(false)?;
             }
-            SessionEvent::Failed { reason } => {
-                self.state.failure = Some(Failure::new(format!(
-                    "the guest could not set the pod up: {reason}"
-                )));
-                self.state.deadline = Some(Instant::now() + GRACE);
-            }
-            SessionEvent::Closed => self.state.closed = true,
+            _ => {}
         }
         Ok(())
     }
 
-    fn take_stream(
-        &mut self,
-        token: u64,
-        stream: std::os::unix::net::UnixStream,
-    ) -> std::io::Result<()> {
-        let output = match &self.attachment.stdio {
-            Stdio::Null => None,
-            Stdio::Pipes { stdin, .. } if *stdin == Some(token) => None,
-            Stdio::Pipes { stderr, .. } if *stderr == Some(token) => Some(Output::Stderr),
-            Stdio::Pipes { .. } => Some(Output::Stdout),
-            Stdio::Terminal { .. } => {
-                if self.attachment.interactive {
-                    self.raw = RawMode::enter()?;
-                    self.relays.input(stream.try_clone()?)?;
-                }
-                Some(Output::Stdout)
+    /// The terminal is the container's from now on.
+    fn relay_terminal(&mut self, interactive: bool) -> Result<(), ApiError> {
+        if let Some(upgrading) = self.asked.terminal.take() {
+            // It was answered before the container started.
+            let stream = upgrading.finish()?;
+            if interactive {
+                self.raw = RawMode::enter()?;
             }
-        };
-        match output {
-            Some(output) => {
-                self.state.relaying += 1;
-                self.relays.output(stream, output)
-            }
-            None => self.relays.input(stream),
+            relay_terminal(&self.relays, stream, interactive)?;
+            self.state.relaying += 1;
         }
+        Ok(())
     }
 
     fn take_relay_ends(&mut self) {
@@ -268,7 +268,7 @@ impl Run {
             }
         }
         let state = &mut self.state;
-        if state.exited.is_some() && state.outputs == 0 && state.deadline.is_none() {
+        if state.exited && state.outputs == 0 && state.deadline.is_none() {
             self.attachment.timeline.mark("output complete");
             state.deadline = Some(Instant::now() + GRACE);
         }
@@ -285,7 +285,7 @@ impl Run {
         match arrived {
             Arrived::WindowChange => self.resize(),
             Arrived::Forward(signal) if self.state.started => {
-                if asks_to_end(signal) && self.pod.unanswered() + 1 >= PATIENCE {
+                if asks_to_end(signal) && self.asked.unanswered() + 1 >= PATIENCE {
                     return Err(ended_by(signal));
                 }
                 self.forward(signal);
@@ -299,23 +299,16 @@ impl Run {
     }
 
     fn forward(&mut self, signal: u8) {
-        let request = HostRequest::Signal {
-            process: ProcessId::Container(self.attachment.container.clone()),
-            signal,
-            all: false,
-        };
-        // Refused only at the end of the session, when there is nobody to signal.
-        let _ = self.pod.request(request);
+        let kill = Kill { signal, all: false };
+        self.asked.call(self.pod.api(), "kill", &kill);
     }
 
     fn resize(&mut self) {
-        let is_terminal = matches!(self.attachment.stdio, Stdio::Terminal { .. });
-        if !is_terminal || !self.state.started {
-            return;
-        }
-        if let Some(size) = terminal::size() {
-            let process = ProcessId::Container(self.attachment.container.clone());
-            let _ = self.pod.request(HostRequest::Resize { process, size });
+        if self.attachment.tty
+            && self.state.started
+            && let Some(size) = terminal::size()
+        {
+            self.asked.call(self.pod.api(), "resize", &size);
         }
     }
 }
@@ -327,39 +320,37 @@ fn ended_by(signal: u8) -> Failure {
 }
 
 /// The status of `cube run` for a container that ended.
-fn exit_status(status: &ExitStatus) -> Result<u8, Failure> {
-    match status {
-        ExitStatus::Code(code) => Ok(*code),
-        ExitStatus::Signal {
-            signal,
-            oom_killed: true,
-        } => Err(Failure::with_status(
-            128 | signal,
+fn exit_status(exit: &Exit) -> Result<u8, Failure> {
+    match (&exit.reason, exit.signal) {
+        (Some(reason), _) => Err(Failure::with_status(exit.exit_code, reason)),
+        (None, Some(_)) if exit.oom_killed => Err(Failure::with_status(
+            exit.exit_code,
             "the container ran out of memory and was killed: give it more with --memory",
         )),
-        ExitStatus::Signal { signal, .. } => Ok(128 | signal),
-        ExitStatus::NotStarted { code, reason } => Err(Failure::with_status(*code, reason)),
+        (None, _) => Ok(exit.exit_code),
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use cube_guest::ExitStatus;
 
     #[test]
     fn the_exit_status_is_what_a_shell_shows() {
+        let status = |status: &ExitStatus| exit_status(&Exit::from(status));
         let signal = |oom_killed| ExitStatus::Signal {
             signal: 9,
             oom_killed,
         };
-        assert_eq!(exit_status(&ExitStatus::Code(255)), Ok(255));
-        assert_eq!(exit_status(&signal(false)), Ok(137));
-        assert_eq!(exit_status(&signal(true)).unwrap_err().status, 137);
+        assert_eq!(status(&ExitStatus::Code(255)), Ok(255));
+        assert_eq!(status(&signal(false)), Ok(137));
+        assert_eq!(status(&signal(true)).unwrap_err().status, 137);
         let not_found = ExitStatus::NotStarted {
             code: 127,
             reason: "no such program: nope".to_owned(),
         };
-        let failure = exit_status(&not_found).unwrap_err();
+        let failure = status(&not_found).unwrap_err();
         assert_eq!(
             (failure.status, &*failure.sentence),
             (127, "no such program: nope")

@@ -17,6 +17,8 @@ use std::thread;
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 
+use crate::client::ApiError;
+
 const BUFFER_SIZE: usize = 64 << 10;
 
 /// Where an output goes.
@@ -48,6 +50,11 @@ impl Output {
 
 /// An output was relayed to its end. The error is a sentence; a reader that went away is none.
 pub(crate) type RelayEnd = Result<(), String>;
+
+/// Gives a stream, on the thread that relays it: the pod may be slow to answer.
+pub(crate) trait Open: FnOnce() -> Result<UnixStream, ApiError> + Send + 'static {}
+
+impl<F: FnOnce() -> Result<UnixStream, ApiError> + Send + 'static> Open for F {}
 
 /// The relays that run.
 #[derive(Debug)]
@@ -83,27 +90,36 @@ impl Relays {
             .is_some_and(|left| left.load(Ordering::Relaxed))
     }
 
-    /// Relays `stream` to `output` until its end.
-    pub(crate) fn output(&self, stream: UnixStream, output: Output) -> io::Result<()> {
+    /// Relays the stream that `open` gives to `output` until its end.
+    pub(crate) fn output(&self, open: impl Open, output: Output) -> io::Result<()> {
         let to = output.open()?;
         let (sender, wake) = (self.sender.clone(), Arc::clone(&self.wake));
         spawn(output.name(), move || {
-            let end = relay_output(&stream, &to)
-                .map_err(|error| format!("cannot write to {}: {error}", output.name()));
-            // The container must not wait for a reader that is gone; a terminal's input ends too.
-            let _ = stream.shutdown(Shutdown::Both);
-            drop(stream);
+            let end = match open() {
+                Ok(stream) => {
+                    let end = relay_output(&stream, &to)
+                        .map_err(|error| format!("cannot write to {}: {error}", output.name()));
+                    // The container must not wait for a reader that is gone; a terminal's input ends too.
+                    let _ = stream.shutdown(Shutdown::Both);
+                    end
+                }
+                // The pod's end is reported elsewhere.
+                Err(ApiError::Io(_)) => Ok(()),
+                Err(error) => Err(format!("there is no {}: {error}", output.name())),
+            };
             // The receiver is gone only when the program ends.
             let _ = sender.send(end);
             let _ = rustix::io::write(&*wake, &1_u64.to_ne_bytes());
         })
     }
 
-    /// Relays standard input to `stream` until either ends.
-    pub(crate) fn input(&self, stream: UnixStream) -> io::Result<()> {
+    /// Relays standard input to the stream that `open` gives until either ends.
+    pub(crate) fn input(&self, open: impl Open) -> io::Result<()> {
         let from = File::from(io::stdin().as_fd().try_clone_to_owned()?);
         let left = self.left.clone();
         spawn("standard input", move || {
+            // Without a stream there is nobody to read it.
+            let Ok(stream) = open() else { return };
             // A container that closed its input, or ended, is no error.
             let keys = left.is_some().then(Keys::default);
             if let (Ok(true), Some(left)) = (relay_input(&from, &stream, keys), left) {

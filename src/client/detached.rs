@@ -1,18 +1,18 @@
 //! A pod that outlives the command that started it: its process owns its directory and serves its API.
 #![forbid(unsafe_code)]
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::io::BufRead;
-use std::os::fd::{AsRawFd, OwnedFd};
-use std::os::unix::net::UnixListener;
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
 use super::api::{ApiError, PodApi};
-use super::pod::{PodError, PodRequest, machine_spec};
-use super::run_dir::{RunDir, RunDirError, living};
-use super::vmm_process::{Inherited, Messages, start_detached};
+use super::pod::{PodError, PodRequest};
+use super::prepare::{FirstOptions, Prepared};
+use super::run_dir::{RunDirError, living};
+use super::vmm_process::{Messages, start_detached};
 use crate::pod::event_log::{EventKind, PodEventRecord};
-use crate::pod::supervisor::{API_SOCKET, FirstContainer, PodFile, VSOCK_SOCKET};
+use crate::pod::supervisor::API_SOCKET;
 
 /// A pod that was started and may not be ready.
 #[derive(Debug)]
@@ -57,43 +57,28 @@ impl Detached {
         request: PodRequest,
         options: DetachedOptions,
     ) -> Result<Self, PodError> {
-        let directory = RunDir::create(base, &request.id)?;
-        let path = directory.path().to_owned();
-        let log_directory = options.log_directory.as_ref().unwrap_or(&path);
-        let listener = UnixListener::bind(path.join(API_SOCKET))?;
-        let containers = &request.guest.containers;
-        let first = (0_u16..).zip(containers).map(|(index, container)| {
-            let first = FirstContainer {
-                slots: vec![index * 2, index * 2 + 1],
-                log_path: log_directory.join(format!("{}.log", container.id)),
-                stdin_once: options.stdin_once.contains(&container.id),
-            };
-            (container.id.clone(), first)
-        });
-        let first: BTreeMap<String, FirstContainer> = first.collect();
-        let lock = directory.lock_copy()?;
-        let pod = PodFile {
-            id: request.id.clone(),
-            directory: path.clone(),
-            lock_fd: lock.as_raw_fd(),
-            api_fd: listener.as_raw_fd(),
-            network_lock_fd: options.network_lock.as_ref().map(AsRawFd::as_raw_fd),
-            guest: request.guest.clone(),
-            containers: first,
-        };
-        let api = PodApi::of(base, &request.id);
         let containers = request.guest.containers.len();
-        let program = request.install.vmm.clone();
-        let mut inherited = Inherited::default();
-        let mut spec = machine_spec(request, path.join(VSOCK_SOCKET), &mut inherited)?;
+        let DetachedOptions {
+            log_directory,
+            stdin_once,
+            network_lock,
+        } = options;
+        let first = |directory: &Path, id: &str| FirstOptions {
+            log_path: Some(
+                log_directory
+                    .as_deref()
+                    .unwrap_or(directory)
+                    .join(format!("{id}.log")),
+            ),
+            stdin_once: stdin_once.contains(id),
+        };
+        let mut prepared = Prepared::new(base, request, network_lock, first)?;
+        let spec = &mut prepared.spec;
         spec.spare_slots = crate::vmm::layout::MAX_SLOTS
             .saturating_sub(spec.slots())
             .try_into()
             .unwrap_or(0);
-        let mut others = vec![lock.as_raw_fd(), listener.as_raw_fd()];
-        others.extend(pod.network_lock_fd);
-        let pod = serde_json::to_vec(&pod)?;
-        let messages = start_detached(&program, &spec, &pod, inherited, &others)?;
+        let (messages, directory, api) = prepared.launch(start_detached)?;
         // From here on the directory is the process's.
         directory.hand_over();
         Ok(Self {
@@ -138,7 +123,7 @@ impl Detached {
     }
 }
 
-/// The APIs of the pods that live under `base`. A pod of `cube run` has none and is left out.
+/// The APIs of the pods that live under `base`. One whose start has not come to that is left out.
 ///
 /// # Errors
 /// The directory cannot be read.

@@ -1,19 +1,19 @@
 //! Starts a pod process and talks to it. Used by the command line; knows nothing of images.
 //!
-//! One thread owns a [`Pod`] and polls it:
-//!
 //! ```text
-//!  PodRequest ──▶ Pod::start ──▶ pod directory, sockets, `cube-vmm` with inherited descriptors
-//!                    │
-//!                    ▼ interests / turn
-//!                 PodEvent: the session's events, and the end of the machine
+//!  PodRequest ──▶ prepare ──▶ pod directory, API's socket, `cube-vmm` with inherited descriptors
+//!                                │
+//!                    ┌───────────┴────────────┐
+//!                    ▼                        ▼
+//!                  Pod: ends with            Detached: outlives
+//!                  its command               its command             both: PodApi
 //! ```
 //!
 //! - [`run_dir`]: the directory of a pod that lives, removed at its end, also after a crash.
-//! - [`vmm_process`]: `cube-vmm` as a child process.
-//! - [`pod`]: both, with the agent's session.
+//! - `prepare`: what every pod process is started with; [`vmm_process`]: `cube-vmm` as a child process.
+//! - [`pod`]: a pod that ends with its command.
 //! - [`detached`]: a pod that outlives its command, and finding it again.
-//! - [`api`]: the pod API of such a pod.
+//! - [`api`]: the pod API of either.
 //! - [`install`]: where kernel, init and VMM are.
 
 pub mod api;
@@ -21,11 +21,12 @@ pub(crate) mod capture;
 pub mod detached;
 pub mod install;
 pub mod pod;
+mod prepare;
 pub mod run_dir;
 pub mod vmm_process;
 
-pub use api::{ApiError, PodApi};
+pub use api::{ApiError, Incoming, PodApi, Upgrading};
 pub use install::{Install, InstallError, NamedFile};
-pub use pod::{Pod, PodDisk, PodError, PodEvent, PodLink, PodNet, PodRequest};
+pub use pod::{Pod, PodDisk, PodError, PodLink, PodNet, PodRequest};
 pub use run_dir::{RunDirError, base_directory};
 pub use vmm_process::{MachineEnd, VmmError};

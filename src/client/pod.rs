@@ -1,26 +1,19 @@
-//! A pod that lives: its directory, its process, and the session with its agent.
+//! A pod that ends with the command that started it: its process, and its directory.
 #![forbid(unsafe_code)]
 
 use std::io;
 use std::os::fd::BorrowedFd;
 use std::path::{Path, PathBuf};
 
+use cube_guest::PodSpec;
 use cube_guest::network::MacAddress;
-use cube_guest::{HostRequest, POD_SPEC_PATH, PodSpec};
-use rustix::event::PollFlags;
 
+use super::api::{ApiError, PodApi};
 use super::install::{Install, NamedFile};
+use super::prepare::{FirstOptions, Prepared};
 use super::run_dir::{RunDir, RunDirError};
-use super::vmm_process::{Inherited, MachineEnd, VmmError, VmmProcess};
-use crate::pod::{ListenError, Ports, Session, SessionError, SessionEvent, new_token};
-use crate::vmm::spec::{
-    DiskPart, DiskSpec, InitramfsFile, InitramfsSpec, MachineSpec, NetSpec, RateLimit, VsockSpec,
-};
-
-/// The guest's vsock context id. It names the guest within its own machine only.
-const GUEST_CID: u32 = 3;
-/// Name of the vsock device's host socket in the pod directory.
-const VSOCK_SOCKET: &str = "vsock.sock";
+use super::vmm_process::{MachineEnd, VmmError, VmmProcess};
+use crate::pod::new_token;
 
 /// A disk of the pod.
 #[derive(Debug)]
@@ -86,15 +79,20 @@ pub enum PodError {
     /// Its directory.
     #[error(transparent)]
     RunDir(#[from] RunDirError),
-    /// Its sockets.
-    #[error(transparent)]
-    Listen(#[from] ListenError),
+    /// Its API's socket.
+    #[error("cannot listen on {}: {source}", path.display())]
+    Listen {
+        /// The socket.
+        path: PathBuf,
+        /// The operating system's answer.
+        source: io::Error,
+    },
     /// Its process.
     #[error(transparent)]
     Vmm(#[from] VmmError),
-    /// The session with its agent.
+    /// Its API cannot be asked.
     #[error(transparent)]
-    Session(#[from] SessionError),
+    Api(#[from] ApiError),
     /// What the guest is to run cannot be written as JSON.
     #[error("cannot write the pod's specification: {0}")]
     Spec(#[from] serde_json::Error),
@@ -103,127 +101,65 @@ pub enum PodError {
     Io(#[from] io::Error),
 }
 
-/// What happens to a pod.
-#[derive(Debug)]
-pub enum PodEvent {
-    /// The agent's session.
-    Session(SessionEvent),
-    /// The session broke; the machine was told to end.
-    Broken(SessionError),
-    /// The machine ended; the last event.
-    Ended(MachineEnd),
-}
-
 /// A pod. Dropping it ends it and removes its directory.
 #[derive(Debug)]
 pub struct Pod {
     // Dropped in this order: the process before the directory it works in.
     process: VmmProcess,
-    ports: Ports,
-    session: Session,
-    session_over: bool,
-    ended: bool,
+    api: PodApi,
+    /// The process removes it too, but not one that is killed.
     _directory: RunDir,
 }
 
 impl Pod {
-    /// Starts a pod under `base` ([`super::base_directory`]). The pod dies with this process.
+    /// Starts a pod under `base` ([`super::base_directory`]), whose `request.disks` are two for each container of
+    /// `request.guest`, in order. It dies with this process. Its containers have no log: their output waits for
+    /// clients of its API. What `ask` asks of that without waiting, before there is a process, is what the process
+    /// hears first: whoever is attached so misses nothing, however late this process is scheduled again.
     ///
     /// # Errors
     /// Anything on the host's side; nothing is left behind.
-    pub fn start(base: &Path, request: PodRequest) -> Result<Self, PodError> {
-        let directory = RunDir::create(base, &request.id)?;
-        let vsock = directory.path().join(VSOCK_SOCKET);
-        // The guest dials once, so the sockets are there first.
-        let ports = Ports::bind(&vsock)?;
-        let session = Session::new(&request.guest);
-        let mut inherited = Inherited::default();
-        let program = request.install.vmm.clone();
+    pub fn start<T>(
+        base: &Path,
+        request: PodRequest,
+        ask: impl FnOnce(&PodApi) -> Result<T, ApiError>,
+    ) -> Result<(Self, T), PodError> {
         let timeline = request.timeline;
-        let spec = machine_spec(request, vsock, &mut inherited)?;
-        Ok(Self {
-            process: VmmProcess::start(&program, &spec, inherited, timeline)?,
-            ports,
-            session,
-            session_over: false,
-            ended: false,
-            _directory: directory,
-        })
-    }
-
-    /// Descriptors to poll, level-triggered.
-    pub fn interests(&self) -> Vec<(BorrowedFd<'_>, PollFlags)> {
-        let mut interests = if self.session_over {
-            Vec::new()
-        } else {
-            self.session.interests()
+        let options = |_: &Path, _: &str| FirstOptions {
+            log_path: None,
+            stdin_once: true,
         };
-        let ports = self.ports.interests();
-        let readable = self.process.interests().into_iter().chain(ports);
-        interests.extend(readable.map(|fd| (fd, PollFlags::IN)));
-        interests
+        let prepared = Prepared::new(base, request, None, options)?;
+        let asked = ask(&prepared.api)?;
+        let (process, _directory, api) =
+            prepared.launch(|launch| VmmProcess::start(launch, timeline))?;
+        let pod = Self {
+            process,
+            api,
+            _directory,
+        };
+        Ok((pod, asked))
     }
 
-    /// Does what is ready; pushes what happened, in order.
+    /// Its API.
+    pub fn api(&self) -> &PodApi {
+        &self.api
+    }
+
+    /// Descriptors to poll for reading, level-triggered.
+    pub fn interests(&self) -> Vec<BorrowedFd<'_>> {
+        self.process.interests()
+    }
+
+    /// Takes what its process said; returns how the machine ended, once it has.
     ///
     /// # Errors
-    /// The host cannot serve the pod.
-    pub fn turn(&mut self, events: &mut Vec<PodEvent>) -> Result<(), PodError> {
-        // Before the sockets: once the process is gone they hold all that will ever come.
-        let end = self.process.turn()?.cloned();
-        self.ports.turn(&mut self.session)?;
-        self.turn_session(events);
-        if let Some(end) = end.filter(|_| !self.ended) {
-            // Nobody speaks any more, but what was said may take several turns to read.
-            while !self.session_over && self.session_has_input()? {
-                self.ports.turn(&mut self.session)?;
-                self.turn_session(events);
-            }
-            self.ended = true;
-            events.push(PodEvent::Ended(end));
-        }
-        Ok(())
+    /// The process cannot be waited for.
+    pub fn turn(&mut self) -> io::Result<Option<&MachineEnd>> {
+        self.process.turn()
     }
 
-    fn turn_session(&mut self, events: &mut Vec<PodEvent>) {
-        if self.session_over {
-            return;
-        }
-        let mut session_events = Vec::new();
-        let result = self.session.turn(&mut session_events);
-        self.session_over =
-            result.is_err() || matches!(session_events.last(), Some(SessionEvent::Closed));
-        events.extend(session_events.into_iter().map(PodEvent::Session));
-        if let Err(error) = result {
-            events.push(PodEvent::Broken(error));
-        }
-    }
-
-    fn session_has_input(&self) -> io::Result<bool> {
-        let interests = self.session.interests();
-        let ports = self.ports.interests();
-        let readable = interests.iter().map(|(fd, _)| fd).chain(&ports);
-        let mut fds: Vec<_> = readable
-            .map(|fd| rustix::event::PollFd::from_borrowed_fd(*fd, PollFlags::IN))
-            .collect();
-        let now = rustix::event::Timespec::default();
-        Ok(rustix::event::poll(&mut fds, Some(&now))? > 0)
-    }
-
-    /// Asks the agent for something; its reply carries the id returned.
-    ///
-    /// # Errors
-    /// The session is not ready, or the guest does not read.
-    pub fn request(&mut self, request: HostRequest) -> Result<u64, SessionError> {
-        self.session.request(request)
-    }
-
-    /// Requests that the agent has not answered.
-    pub fn unanswered(&self) -> usize {
-        self.session.unanswered()
-    }
-
-    /// Ends the machine at once; [`PodEvent::Ended`] follows.
+    /// Ends the machine at once; its end is reported as usual.
     pub fn kill(&mut self) {
         self.process.kill();
     }
@@ -240,68 +176,4 @@ impl Pod {
 /// The kernel's random source is not available.
 pub fn new_id() -> io::Result<String> {
     Ok(format!("{:016x}", new_token()?)[..12].to_owned())
-}
-
-pub(super) fn machine_spec(
-    request: PodRequest,
-    vsock: PathBuf,
-    inherited: &mut Inherited,
-) -> Result<MachineSpec, PodError> {
-    let pod_file = InitramfsFile {
-        path: POD_SPEC_PATH.trim_start_matches('/').to_owned(),
-        content: serde_json::to_string(&request.guest)?,
-    };
-    let disks = request.disks.into_iter().map(|disk| DiskSpec {
-        serial: disk.serial,
-        parts: disk
-            .parts
-            .into_iter()
-            .map(|(file, size)| DiskPart {
-                file: inherited.pass(file),
-                size,
-            })
-            .collect(),
-        read_only: disk.read_only,
-    });
-    let disks = disks.collect();
-    let nets = request.nets.into_iter();
-    let nets = nets.map(|net| net_spec(net, inherited)).collect();
-    Ok(MachineSpec {
-        kernel: inherited.pass(request.install.kernel),
-        initramfs: Some(InitramfsSpec {
-            init: inherited.pass(request.install.init),
-            files: vec![pod_file],
-        }),
-        command_line: String::new(),
-        cpus: request.cpus,
-        memory_mib: request.memory_mib,
-        disks,
-        nets,
-        vsock: Some(VsockSpec {
-            cid: GUEST_CID,
-            path: vsock,
-        }),
-        rng: true,
-        huge_pages: false,
-        spare_slots: 0,
-        console: request.console,
-    })
-}
-
-fn net_spec(net: PodNet, inherited: &mut Inherited) -> NetSpec {
-    let (queues, socket) = match net.link {
-        PodLink::Tap(queues) => (queues, None),
-        PodLink::VhostUser(socket) => (Vec::new(), Some(socket)),
-    };
-    let queues = queues.into_iter().map(|queue| inherited.pass_fd(queue));
-    NetSpec {
-        name: net.name,
-        tap_fds: queues.collect(),
-        socket,
-        mac: net.mac,
-        mtu: net.mtu,
-        check_source: net.check_source,
-        receive_limit: RateLimit::default(),
-        transmit_limit: RateLimit::default(),
-    }
 }

@@ -99,6 +99,70 @@ impl Inherited {
     }
 }
 
+/// What a pod process is started with.
+pub(crate) struct Launch<'a> {
+    /// The binary.
+    pub(crate) program: &'a Path,
+    /// The machine.
+    pub(crate) spec: &'a MachineSpec,
+    /// The pod, as JSON.
+    pub(crate) pod: &'a [u8],
+    /// Files that the machine refers to.
+    pub(crate) inherited: Inherited,
+    /// Descriptors that the pod refers to.
+    pub(crate) others: &'a [RawFd],
+}
+
+/// A command that is being put together: what its descriptors refer to lives until it was spawned.
+struct Launching {
+    command: Command,
+    passed: Vec<RawFd>,
+    names: Vec<(RawFd, PathBuf)>,
+    program: PathBuf,
+    _files: (Inherited, [File; 2]),
+}
+
+impl Launching {
+    fn new(launch: Launch<'_>) -> Result<Self, VmmError> {
+        let spec = memory_file(&serde_json::to_vec(launch.spec)?)?;
+        let pod = memory_file(launch.pod)?;
+        let names = launch.inherited.names();
+        let mut passed: Vec<RawFd> = names.iter().map(|(fd, _)| *fd).collect();
+        passed.extend(launch.others);
+        let mut command = Command::new(launch.program);
+        command.stdin(Stdio::null()).stdout(Stdio::null());
+        // glibc raises this by itself to the largest block that was freed, and then keeps such blocks: a set of files
+        // that was pushed once would cost the pod its size for ever (mallopt(3), M_MMAP_THRESHOLD).
+        command.env("MALLOC_MMAP_THRESHOLD_", MMAP_THRESHOLD);
+        let mut launching = Self {
+            command,
+            passed,
+            names,
+            program: launch.program.to_owned(),
+            _files: (launch.inherited, [spec, pod]),
+        };
+        let [spec, pod] = launching._files.1.each_ref().map(File::as_raw_fd);
+        launching.pass("--spec-fd", spec);
+        launching.pass("--pod-fd", pod);
+        Ok(launching)
+    }
+
+    fn pass(&mut self, option: &str, fd: RawFd) {
+        self.command.args([option, &fd.to_string()]);
+        self.passed.push(fd);
+    }
+
+    /// Starts it, in a session of its own if so wanted. The command is gone then, with what it held for the child.
+    fn spawn(mut self, new_session: bool) -> Result<(Child, Vec<(RawFd, PathBuf)>), VmmError> {
+        inherit(&mut self.command, self.passed, new_session);
+        let child = self.command.spawn().map_err(|source| VmmError::Spawn {
+            path: self.program,
+            source,
+        })?;
+        Ok((child, self.names))
+    }
+}
+
 /// The child process. Dropping it kills it.
 #[derive(Debug)]
 pub(crate) struct VmmProcess {
@@ -114,44 +178,21 @@ pub(crate) struct VmmProcess {
 }
 
 impl VmmProcess {
-    /// Starts `program` with `spec` and the descriptors in `inherited`. It ends with this process.
-    pub(crate) fn start(
-        program: &Path,
-        spec: &MachineSpec,
-        inherited: Inherited,
-        with_timeline: bool,
-    ) -> Result<Self, VmmError> {
-        let spec_file = memory_file(&serde_json::to_vec(spec)?)?;
+    /// Starts it. It ends with this process.
+    pub(crate) fn start(launch: Launch<'_>, with_timeline: bool) -> Result<Self, VmmError> {
         let (messages, message_writer) = io::pipe()?;
         let (lifetime_reader, lifetime) = io::pipe()?;
-        let names = inherited.names();
-        let mut passed: Vec<RawFd> = names.iter().map(|(fd, _)| *fd).collect();
-        let mut command = Command::new(program);
-        command
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(message_writer)
-            // The terminal's signals are this side's to forward.
-            .process_group(0);
-        let mut pass = |command: &mut Command, option: &str, fd: RawFd| {
-            command.args([option, &fd.to_string()]);
-            passed.push(fd);
-        };
-        pass(&mut command, "--spec-fd", spec_file.as_raw_fd());
-        pass(&mut command, "--lifetime-fd", lifetime_reader.as_raw_fd());
+        let mut launching = Launching::new(launch)?;
+        let command = &mut launching.command;
+        // The terminal's signals are this side's to forward.
+        command.stderr(message_writer).process_group(0);
+        launching.pass("--lifetime-fd", lifetime_reader.as_raw_fd());
         let timeline = with_timeline.then(io::pipe).transpose()?;
         if let Some((_, writer)) = &timeline {
-            pass(&mut command, "--timeline-fd", writer.as_raw_fd());
-            command.arg("--count-exits");
+            launching.pass("--timeline-fd", writer.as_raw_fd());
+            launching.command.arg("--count-exits");
         }
-        inherit(&mut command, passed, false);
-        let child = command.spawn().map_err(|source| VmmError::Spawn {
-            path: program.to_owned(),
-            source,
-        })?;
-        // The command holds the writing end of the messages, whose end must be seen. The inherited files
-        // live until here because the child took them by number.
-        drop((command, inherited, spec_file, lifetime_reader));
+        let (child, names) = launching.spawn(false)?;
         let timeline = timeline.map(|(reader, _)| Capture::new(reader, KEEP_TIMELINE));
         let pid = Pid::from_child(&child);
         Ok(Self {
@@ -228,46 +269,15 @@ impl Drop for VmmProcess {
     }
 }
 
-/// Starts `program` as a process that outlives this one, with `spec`, the pod described by `pod`, and the
-/// descriptors in `inherited` and `others`. Returns what it says: a file in memory, because nobody is
-/// sure to be there to read a pipe.
-pub(crate) fn start_detached(
-    program: &Path,
-    spec: &MachineSpec,
-    pod: &[u8],
-    inherited: Inherited,
-    others: &[RawFd],
-) -> Result<Messages, VmmError> {
-    let spec_file = memory_file(&serde_json::to_vec(spec)?)?;
-    let pod_file = memory_file(pod)?;
-    let messages = memory_file(&[])?;
-    let names = inherited.names();
-    let mut passed: Vec<RawFd> = names.iter().map(|(fd, _)| *fd).collect();
-    passed.extend(others);
-    let mut command = Command::new(program);
-    command
-        .stdin(Stdio::null())
-        .stdout(Stdio::null())
-        .stderr(messages.try_clone()?);
-    // glibc raises this by itself to the largest block that was freed, and then keeps such blocks: a set of files
-    // that was pushed once would cost the pod its size for ever (mallopt(3), M_MMAP_THRESHOLD).
-    command.env("MALLOC_MMAP_THRESHOLD_", MMAP_THRESHOLD);
-    let given = [("--spec-fd", &spec_file), ("--pod-fd", &pod_file)];
-    for (option, file) in given {
-        command.args([option, &file.as_raw_fd().to_string()]);
-        passed.push(file.as_raw_fd());
-    }
-    command.args(["--started-at", &now().to_string()]);
-    inherit(&mut command, passed, true);
-    let child = command.spawn().map_err(|source| VmmError::Spawn {
-        path: program.to_owned(),
-        source,
-    })?;
-    Ok(Messages {
-        file: messages,
-        names,
-        child,
-    })
+/// Starts a process that outlives this one. Returns what it says: a file in memory, because nobody is sure to be there
+/// to read a pipe.
+pub(crate) fn start_detached(launch: Launch<'_>) -> Result<Messages, VmmError> {
+    let file = memory_file(&[])?;
+    let mut launching = Launching::new(launch)?;
+    launching.command.stderr(file.try_clone()?);
+    launching.command.args(["--started-at", &now().to_string()]);
+    let (child, names) = launching.spawn(true)?;
+    Ok(Messages { file, names, child })
 }
 
 /// What a detached process said.
@@ -310,7 +320,7 @@ fn inherit(command: &mut Command, descriptors: Vec<RawFd>, new_session: bool) {
             rustix::process::setsid()?;
         }
         for descriptor in &descriptors {
-            // SAFETY: `VmmProcess::start` holds the files open until after the spawn, and the child
+            // SAFETY: `Launching` and its callers hold the files open until after the spawn, and the child
             // has a copy of its descriptor table.
             let borrowed = unsafe { BorrowedFd::borrow_raw(*descriptor) };
             rustix::io::fcntl_setfd(borrowed, FdFlags::empty())?;

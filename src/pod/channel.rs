@@ -171,6 +171,11 @@ impl Channel {
         unread || (matches!(self.guest, Guest::Ended) && delivered)
     }
 
+    /// Whether a client has still to take what was read for it.
+    pub(crate) fn is_owed(&self) -> bool {
+        self.clients.iter().any(|client| !client.out.is_empty())
+    }
+
     /// Whether nothing is left of it.
     pub(crate) fn is_over(&self) -> bool {
         matches!(self.guest, Guest::Ended) && self.clients.is_empty()

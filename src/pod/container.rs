@@ -26,7 +26,8 @@ pub(crate) struct Container {
     pub(crate) spec: ContainerSpec,
     pub(crate) state: ContainerState,
     pub(crate) exit: Option<Exit>,
-    pub(crate) log: LogFile,
+    /// Absent: its output waits in the guest for a client that takes it.
+    pub(crate) log: Option<LogFile>,
     pub(crate) log_error: Option<String>,
     pub(crate) channels: Vec<Channel>,
     /// The slots of its disks.
@@ -44,10 +45,11 @@ pub(crate) struct Container {
 }
 
 impl Container {
-    /// A container whose disks are in `slots`. `stdin_once`: its standard input ends with its first client.
+    /// A container whose disks are in `slots`, with a log if there is a path for it. `stdin_once`: its standard
+    /// input ends with its first client.
     pub(crate) fn new(
         spec: ContainerSpec,
-        log_path: PathBuf,
+        log_path: Option<PathBuf>,
         slots: Vec<u16>,
         stdin_once: bool,
     ) -> io::Result<Self> {
@@ -58,9 +60,9 @@ impl Container {
         Ok(Self {
             state: ContainerState::Creating,
             exit: None,
-            log: LogFile::open(&log_path)?,
+            channels: channels(&spec.process.stdio, stdin, log_path.is_none()),
+            log: log_path.map(|path| LogFile::open(&path)).transpose()?,
             log_error: None,
-            channels: channels(&spec.process.stdio, stdin, false),
             slots,
             waiters: Vec::new(),
             log_grew: false,
@@ -86,7 +88,7 @@ impl Container {
     /// No tokens can be drawn for its streams.
     pub(crate) fn renew(&mut self) -> io::Result<()> {
         self.spec.process.stdio = renewed(&self.spec.process.stdio)?;
-        self.channels = channels(&self.spec.process.stdio, self.stdin, false);
+        self.channels = channels(&self.spec.process.stdio, self.stdin, self.log.is_none());
         self.state = ContainerState::Starting;
         self.restarts += 1;
         self.exit = None;
@@ -129,7 +131,7 @@ impl Container {
             started_at: self.started_at.clone(),
             finished_at: self.finished_at.clone(),
             exit,
-            log_path: self.log.path().to_owned(),
+            log_path: self.log.as_ref().map(|log| log.path().to_owned()),
             terminal: matches!(self.spec.process.stdio, Stdio::Terminal { .. }),
             restarts: self.restarts,
             log_error: self.log_error.clone(),
@@ -139,7 +141,7 @@ impl Container {
     /// Copies what its streams have. A log that cannot be written is noted and does not stop the container.
     pub(crate) fn turn(&mut self, ready: &Ready, buffer: &mut [u8]) {
         for channel in &mut self.channels {
-            match channel.turn(ready, buffer, Some(&mut self.log)) {
+            match channel.turn(ready, buffer, self.log.as_mut()) {
                 Ok(logged) => self.log_grew |= logged,
                 Err(error) => self.log_error = Some(error.to_string()),
             }

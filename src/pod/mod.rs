@@ -4,13 +4,14 @@
 //! to poll. It knows nothing of command lines, images or processes. The thread that owns the pod's
 //! poll loop owns everything here.
 //!
-//! - [`session`]: the state machine that turns control frames into [`SessionEvent`]s.
+//! - [`session`]: the state machine that turns control frames into [`session::SessionEvent`]s.
 //! - [`listen`]: the two sockets at which a vsock device delivers what the guest dials.
 //! - [`supervisor`]: the pod process's own loop: machine, session and API in one.
 //! - [`api`]: the HTTP server; `serve`: what each route does; `pending`: what waits for the agent.
 //! - `container`: containers and execs; `channel`: the bytes of one stream; `log_file`: logs in CRI format.
 //! - [`event_log`]: what happened; `feed`: bodies that go on.
 //! - [`metrics`]: what the pod uses as Prometheus text; `volume`, `upload`: volumes and the files for them.
+//! - [`stand_in`]: a pod whose machine is played.
 //! - `machinery`: the machine as the supervisor sees it; `ready`: what a poll found.
 //! - `frames`: control frames out of a non-blocking connection.
 //! - `pairing`: streams matched to their owners by token.
@@ -33,10 +34,9 @@ pub(crate) mod ready;
 pub mod seccomp_profile;
 pub(crate) mod serve;
 pub mod session;
+pub mod stand_in;
 pub mod supervisor;
 pub(crate) mod upload;
 pub(crate) mod volume;
 
-pub use listen::{ListenError, Ports};
 pub use pairing::new_token;
-pub use session::{Session, SessionError, SessionEvent};

@@ -285,16 +285,6 @@ impl Session {
         interests
     }
 
-    /// Whether the handshake is done and the connection up.
-    pub fn is_ready(&self) -> bool {
-        self.state == State::Ready
-    }
-
-    /// Requests that have not been answered.
-    pub fn unanswered(&self) -> usize {
-        self.unanswered.len()
-    }
-
     /// Queues a request; its reply carries the id returned.
     ///
     /// # Errors
@@ -346,7 +336,13 @@ impl Session {
                 Fill::Bytes => {}
             }
             while let Some(message) = self.incoming.next()? {
-                events.push(self.take(message)?);
+                let event = self.take(message)?;
+                let failed = matches!(event, SessionEvent::Failed { .. });
+                events.push(event);
+                if failed {
+                    // Before its end is read and the guest told: it would power off as if all were well.
+                    return Ok(());
+                }
             }
         }
         Ok(())

@@ -7,8 +7,8 @@
 //!             └── server: requests of the API
 //! ```
 //!
-//! The pod process is the source of truth: whoever started it may die. The pod's directory is locked
-//! for as long as the process lives and removed at its end.
+//! The pod process is the source of truth: whoever started it may die, unless the pod was given a lifetime,
+//! with which it ends. The pod's directory is locked for as long as the process lives and removed at its end.
 #![forbid(unsafe_code)]
 
 use std::collections::BTreeMap;
@@ -80,8 +80,9 @@ pub struct PodFile {
 pub struct FirstContainer {
     /// Slots of its disks.
     pub slots: Vec<u16>,
-    /// Where its output goes.
-    pub log_path: PathBuf,
+    /// Where its output goes; absent: it has no log, and its output waits in the guest for a client.
+    #[serde(default)]
+    pub log_path: Option<PathBuf>,
     /// Whether its standard input ends with its first client.
     #[serde(default)]
     pub stdin_once: bool,
@@ -117,33 +118,46 @@ pub(crate) struct Supervisor {
     broken: Option<String>,
     /// What every stream is copied through.
     buffer: Box<[u8]>,
+    /// The pod ends when nobody holds the other end of this.
+    lifetime: Option<OwnedFd>,
     /// Of the pod's directory, and of its network.
     _locks: Vec<OwnedFd>,
 }
 
-/// Makes the supervisor of the pod that `file` describes: its sockets are there when this returns.
+/// Makes the supervisor of the pod that `file` describes: its sockets are there when this returns. With a
+/// `lifetime`, the pod ends when nobody holds the other end of that.
 ///
 /// # Errors
 /// A sentence for a person.
-pub fn open(file: File) -> Result<Box<dyn Attendant>, String> {
+pub fn open(file: File, lifetime: Option<OwnedFd>) -> Result<Box<dyn Attendant>, String> {
+    Ok(Box::new(Supervisor::of(file, lifetime)?))
+}
+
+fn read(file: File) -> Result<PodFile, String> {
     let mut text = Vec::new();
     { file }
         .read_to_end(&mut text)
         .map_err(|error| format!("cannot read its description: {error}"))?;
     // Not the parser's whole sentence: it may quote a value.
-    let pod: PodFile = serde_json::from_slice(&text)
-        .map_err(|e| format!("its description is malformed at column {}", e.column()))?;
-    let locks = std::iter::once(pod.lock_fd).chain(pod.network_lock_fd);
-    let locks: io::Result<Vec<OwnedFd>> = locks.map(files::inherited).collect();
-    let locks = locks.map_err(|error| format!("cannot take its locks: {error}"))?;
-    let api = files::inherited(pod.api_fd)
-        .and_then(|fd| Server::new(UnixListener::from(fd), Limits::default()))
-        .map_err(|error| format!("cannot take its API's socket: {error}"))?;
-    let supervisor = Supervisor::new(pod, locks, api)?;
-    Ok(Box::new(supervisor))
+    serde_json::from_slice(&text)
+        .map_err(|e| format!("its description is malformed at column {}", e.column()))
 }
 
 impl Supervisor {
+    /// The supervisor of the pod that `file` describes, with what that says it inherits.
+    pub(super) fn of(file: File, lifetime: Option<OwnedFd>) -> Result<Self, String> {
+        let pod = read(file)?;
+        let locks = std::iter::once(pod.lock_fd).chain(pod.network_lock_fd);
+        let locks: io::Result<Vec<OwnedFd>> = locks.map(files::inherited).collect();
+        let locks = locks.map_err(|error| format!("cannot take its locks: {error}"))?;
+        let api = files::inherited(pod.api_fd)
+            .and_then(|fd| Server::new(UnixListener::from(fd), Limits::default()))
+            .map_err(|error| format!("cannot take its API's socket: {error}"))?;
+        let mut supervisor = Self::new(pod, locks, api)?;
+        supervisor.lifetime = lifetime;
+        Ok(supervisor)
+    }
+
     /// The supervisor, listening.
     pub(crate) fn new(pod: PodFile, locks: Vec<OwnedFd>, server: Server) -> Result<Self, String> {
         let guest_ports =
@@ -151,15 +165,10 @@ impl Supervisor {
         let mut containers = BTreeMap::new();
         for spec in &pod.guest.containers {
             let first = pod.containers.get(&spec.id);
-            let first = first.ok_or_else(|| format!("container {} has no log", spec.id))?;
-            let path = first.log_path.clone();
-            let mut container = Container::new(
-                spec.clone(),
-                path.clone(),
-                first.slots.clone(),
-                first.stdin_once,
-            )
-            .map_err(|error| format!("cannot open the log {}: {error}", path.display()))?;
+            let first = first.ok_or_else(|| format!("container {} has no disks", spec.id))?;
+            let (path, slots) = (first.log_path.clone(), first.slots.clone());
+            let mut container = Container::new(spec.clone(), path, slots, first.stdin_once)
+                .map_err(|error| format!("cannot open the log of {}: {error}", spec.id))?;
             container.state = ContainerState::Starting;
             containers.insert(spec.id.clone(), container);
         }
@@ -190,6 +199,7 @@ impl Supervisor {
             created_at: now(),
             broken: None,
             buffer: vec![0; PIECE].into(),
+            lifetime: None,
             _locks: locks,
         })
     }
@@ -206,7 +216,14 @@ impl Supervisor {
             channel.interests(&mut interests);
         }
         interests.extend(self.uploads.iter().filter_map(Upload::interest));
+        interests.extend(self.lifetime.iter().map(|fd| (fd.as_fd(), PollFlags::IN)));
         interests
+    }
+
+    /// Whether the command with which the pod was to end has ended.
+    fn is_orphaned(&self, ready: &Ready) -> bool {
+        let lifetime = self.lifetime.as_ref();
+        lifetime.is_some_and(|fd| ready.has(fd) && files::is_closed(fd))
     }
 
     fn channels(&self) -> impl Iterator<Item = &Channel> {
@@ -234,6 +251,9 @@ impl Supervisor {
         self.turn_feeds();
         if let Some(error) = &self.broken {
             return Ok(Some(End::Pod(error.clone())));
+        }
+        if self.is_orphaned(ready) {
+            return Ok(Some(End::Stopped(StopCause::LifetimeEnded)));
         }
         let late = self.stop_by.is_some_and(|by| by <= Instant::now());
         Ok(late.then_some(End::Stopped(StopCause::Signal(libc::SIGTERM))))
@@ -450,21 +470,20 @@ impl Supervisor {
         let _ = fs::remove_dir_all(&self.directory);
     }
 
-    /// Takes what the guest said before its end: nothing more will come.
+    /// Takes what the guest said before its end, and what clients have asked: nothing more will come. A pod that ends
+    /// with its command keeps what that is slow to take, and the status that follows it.
     fn drain(&mut self) {
-        let session_end = Instant::now() + POWER_OFF;
-        while Instant::now() < session_end {
-            let mut fds = Vec::new();
-            self.channels().for_each(|c| c.interests(&mut fds));
-            if self.broken.is_none() {
-                fds.extend(self.session.interests());
-            }
-            let ready = Ready::wait(fds, Some(&Timespec::default())).unwrap_or_default();
-            if ready.is_empty() {
+        let until = Instant::now() + POWER_OFF;
+        loop {
+            let keeps = self.lifetime.is_some() && self.channels().any(Channel::is_owed);
+            let at_once = Timespec::default();
+            let patience = (!keeps).then_some(&at_once);
+            let ready = Ready::wait(self.interests(), patience).unwrap_or_default();
+            let over = !keeps && (ready.is_empty() || until <= Instant::now());
+            // The end is known: another that a turn finds is none.
+            if over || self.is_orphaned(&ready) || self.turn(&machinery::Ended, &ready).is_err() {
                 break;
             }
-            self.turn_session(&machinery::Ended);
-            self.turn_channels(&ready);
         }
         self.answer_waiters();
     }

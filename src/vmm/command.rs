@@ -73,8 +73,9 @@ pub trait Attendant {
     fn ended(self: Box<Self>, end: &End);
 }
 
-/// Makes the attendant out of the descriptor given with `--pod-fd`, before the machine is built.
-pub type Attend = fn(File) -> Result<Box<dyn Attendant>, String>;
+/// Makes the attendant out of the descriptor given with `--pod-fd`, before the machine is built; it watches the one
+/// given with `--lifetime-fd`.
+pub type Attend = fn(File, Option<OwnedFd>) -> Result<Box<dyn Attendant>, String>;
 
 /// Runs the command and returns its exit status (see [`crate::vmm::exit`]).
 pub fn main(arguments: impl Iterator<Item = std::ffi::OsString>, attend: Attend) -> ExitCode {
@@ -130,7 +131,13 @@ fn run(arguments: Arguments, started: u64, attend: Attend) -> Result<u8, Command
         return Ok(0);
     }
     let signals = StopSignals::new().map_err(CommandError::Events)?;
-    let attendant = pod.map(attend).transpose().map_err(CommandError::Pod)?;
+    let (attendant, lifetime) = match pod {
+        Some(pod) => (
+            Some(attend(pod, lifetime).map_err(CommandError::Pod)?),
+            None,
+        ),
+        None => (None, lifetime),
+    };
     let machine = Machine::build(&spec, &timeline, arguments.count_exits)?;
     thread::begin(Role::Main).map_err(CommandError::Events)?;
     let running = machine.start()?;
@@ -199,19 +206,11 @@ fn wait(
         if let Some(number) = signal.then(|| signals.next()).flatten() {
             return Ok(End::Stopped(StopCause::Signal(number)));
         }
-        if parent && lifetime.is_some_and(is_closed) {
+        if parent && lifetime.is_some_and(files::is_closed) {
             return Ok(End::Stopped(StopCause::LifetimeEnded));
         }
         debug_assert!(!ended, "an end was signalled but not reported");
     }
-}
-
-/// Whether nobody holds the other end of a pipe or socket any more. What is written to it is thrown away.
-fn is_closed(fd: &OwnedFd) -> bool {
-    !matches!(
-        rustix::io::read(fd, &mut [0; 64]),
-        Ok(1..) | Err(rustix::io::Errno::INTR)
-    )
 }
 
 fn explain(end: &End, spec: &ValidSpec) -> u8 {

@@ -70,6 +70,15 @@ impl Opened {
     }
 }
 
+/// Whether nobody holds the other end of a pipe or socket any more, which a poll found readable. What was written to
+/// it is thrown away.
+pub fn is_closed(fd: &OwnedFd) -> bool {
+    !matches!(
+        rustix::io::read(fd, &mut [0; 64]),
+        Ok(1..) | Err(rustix::io::Errno::INTR)
+    )
+}
+
 /// Takes over a descriptor that was open when this process started, and marks it close-on-exec.
 ///
 /// # Errors

@@ -4,11 +4,14 @@
 use std::fs::{self, File};
 use std::io::{Read, Write};
 use std::net::Shutdown;
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio as ChildStdio, exit};
 use std::thread::{self, JoinHandle};
 
+use cube::pod::stand_in;
+use cube::vmm::exit::End;
 use cube::vmm::spec::MachineSpec;
 use cube_guest::frame;
 use cube_guest::{
@@ -25,7 +28,7 @@ pub(crate) const ARGUMENTS: &str = "CUBE_TEST_FAKE_ARGUMENTS";
 #[test]
 fn machine() {
     if let Ok(mode) = std::env::var(MODE) {
-        Machine::read().run(&mode);
+        Machine::read().run(mode.leak());
     }
     // Otherwise this checks what the other tests rely on: that it does act when told to.
     let status = Command::new(std::env::current_exe().unwrap())
@@ -41,24 +44,26 @@ fn machine() {
 struct Machine {
     spec: MachineSpec,
     pod: PodSpec,
-    lifetime: File,
 }
 
 fn descriptor(number: &str) -> File {
     File::open(format!("/proc/self/fd/{number}")).unwrap()
 }
 
+/// What follows the argument `name`.
+fn value(name: &str) -> String {
+    let arguments = std::env::var(ARGUMENTS).unwrap();
+    let mut words = arguments.split(' ').skip_while(|word| *word != name);
+    words.nth(1).unwrap().to_owned()
+}
+
 impl Machine {
     fn read() -> Self {
-        let arguments = std::env::var(ARGUMENTS).unwrap();
-        let words: Vec<&str> = arguments.split(' ').collect();
-        let value = |name| words[words.iter().position(|word| *word == name).unwrap() + 1];
-        let spec: MachineSpec = serde_json::from_reader(descriptor(value("--spec-fd"))).unwrap();
+        let spec: MachineSpec = serde_json::from_reader(descriptor(&value("--spec-fd"))).unwrap();
         let pod = &spec.initramfs.as_ref().unwrap().files[0];
         assert_eq!(pod.path, "cube/pod.json");
         Self {
             pod: serde_json::from_str(&pod.content).unwrap(),
-            lifetime: descriptor(value("--lifetime-fd")),
             spec,
         }
     }
@@ -89,30 +94,39 @@ impl Machine {
         control
     }
 
-    fn until_cube_is_gone(mut self) -> ! {
-        self.lifetime.read_to_end(&mut Vec::new()).unwrap();
-        exit(129)
-    }
-
-    fn run(self, mode: &str) -> ! {
+    /// What happens to a machine before its pod is served, or instead; the rest is its guest's.
+    fn run(self, mode: &'static str) -> ! {
+        let mut lifetime = descriptor(&value("--lifetime-fd"));
         match mode {
-            "run" => self.container(),
-            "describe" => self.describe(),
             "silent" => {
                 eprintln!("silent");
-                self.until_cube_is_gone()
+                lifetime.read_to_end(&mut Vec::new()).unwrap();
+                exit(129)
             }
             "panic" => {
                 eprintln!("cube-vmm: the guest's kernel panicked\n  last words");
                 exit(65)
             }
-            "other version" => {
-                self.greet(PROTOCOL_VERSION + 1);
-                self.until_cube_is_gone()
-            }
+            _ => {}
+        }
+        let pod = descriptor(&value("--pod-fd"));
+        let lifetime = Some(OwnedFd::from(lifetime));
+        let end = stand_in::run(pod, lifetime, move || self.guest(mode)).unwrap();
+        if end != End::PowerOff {
+            eprintln!("cube-vmm: {end}");
+        }
+        exit(end.status().into())
+    }
+
+    fn guest(self, mode: &str) -> End {
+        match mode {
+            "run" => self.container(),
+            "describe" => self.describe(),
+            "other version" => wait(self.greet(PROTOCOL_VERSION + 1)),
             "garbage" => {
-                self.greet(PROTOCOL_VERSION).write_all(&[0xff; 64]).unwrap();
-                self.until_cube_is_gone()
+                let mut control = self.greet(PROTOCOL_VERSION);
+                control.write_all(&[0xff; 64]).unwrap();
+                wait(control)
             }
             "failed" => {
                 let reason = "no disk image0".to_owned();
@@ -128,8 +142,7 @@ impl Machine {
                 let [stdout, _] = self.outputs();
                 started(&mut control);
                 { stdout }.write_all(b"so far").unwrap();
-                eprintln!("cube-vmm: the guest's vCPU 0 triple-faulted");
-                exit(66)
+                End::TripleFault { vcpu: 0 }
             }
             _ => panic!("no mode {mode}"),
         }
@@ -145,7 +158,7 @@ impl Machine {
     }
 
     /// Writes what it was asked for to standard output.
-    fn describe(self) -> ! {
+    fn describe(self) -> End {
         let mut control = self.greet(PROTOCOL_VERSION);
         let [mut stdout, stderr] = self.outputs();
         started(&mut control);
@@ -155,7 +168,7 @@ impl Machine {
     }
 
     /// Runs the container's command here.
-    fn container(self) -> ! {
+    fn container(self) -> End {
         let mut control = self.greet(PROTOCOL_VERSION);
         let process = &self.pod.containers[0].process;
         let mut command = Command::new(&process.argv[0]);
@@ -292,7 +305,7 @@ fn obey(control: UnixStream, child: &Child, mut terminal: Option<UnixStream>) {
 }
 
 /// Reports the end, waits until the host has everything, and powers off.
-fn end(mut control: UnixStream, status: ExitStatus, streams: Vec<UnixStream>) -> ! {
+fn end(mut control: UnixStream, status: ExitStatus, streams: Vec<UnixStream>) -> End {
     let container = "main".to_owned();
     say(
         &mut control,
@@ -305,10 +318,15 @@ fn end(mut control: UnixStream, status: ExitStatus, streams: Vec<UnixStream>) ->
     part(control)
 }
 
-fn part(mut control: UnixStream) -> ! {
+fn part(control: UnixStream) -> End {
     control.shutdown(Shutdown::Write).unwrap();
+    wait(control)
+}
+
+/// Waits until the host has closed the connection.
+fn wait(mut control: UnixStream) -> End {
     let _ = control.read_to_end(&mut Vec::new());
-    exit(0)
+    End::PowerOff
 }
 
 /// A script that starts this program as the machine, for `CUBE_VMM`.

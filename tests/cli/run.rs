@@ -231,3 +231,42 @@ fn the_machine_and_the_pod_are_as_asked() {
         (&"h".into(), &true.into())
     );
 }
+
+#[test]
+fn a_pod_whose_cube_was_killed_goes_by_itself() {
+    let cube = Cube::new("run");
+    let (mut all_ended, writer) = std::io::pipe().unwrap();
+    rustix::io::fcntl_setfd(&writer, rustix::io::FdFlags::empty()).unwrap();
+    let mut child = cube.start(&[], "echo up; exec cat /dev/zero");
+    drop(writer);
+    let mut stdout = BufReader::new(child.stdout.take().unwrap());
+    assert_eq!(line(&mut stdout), "up\n");
+    send(&child, Signal::KILL);
+    child.wait().unwrap();
+    drop(stdout);
+    all_ended.read_to_end(&mut Vec::new()).unwrap();
+    cube.assert_nothing_left();
+}
+
+#[test]
+fn other_commands_see_the_pod_and_its_output_is_in_no_file() {
+    let cube = Cube::new("run");
+    let mut child = cube.start(&["-i"], "echo up; read line; exit 6");
+    let mut stdout = BufReader::new(child.stdout.take().unwrap());
+    assert_eq!(line(&mut stdout), "up\n");
+    let say = |arguments: &[&str]| cube.command(arguments).output().unwrap();
+    let pod = text(&say(&["ps", "-q"]).stdout).trim().to_owned();
+    let listed = text(&say(&["ps"]).stdout);
+    assert!(listed.contains(&pod) && listed.contains("main"), "{listed}");
+    let logs = say(&["logs", &pod]);
+    assert_eq!(logs.status.code(), Some(1));
+    let sentence = text(&logs.stderr);
+    assert!(sentence.contains("keeps no log"), "{sentence}");
+    for entry in fs::read_dir(cube.path().join("run").join(&pod)).unwrap() {
+        let kind = entry.unwrap().file_type().unwrap();
+        assert!(!kind.is_file(), "sockets and nothing else");
+    }
+    child.stdin.take().unwrap().write_all(b"on\n").unwrap();
+    assert_eq!(child.wait().unwrap().code(), Some(6));
+    cube.assert_nothing_left();
+}

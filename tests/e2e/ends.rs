@@ -100,6 +100,5 @@ fn a_machine_ends_with_its_cube_and_the_next_one_cleans_up() {
     run.signal(Signal::KILL);
     run.finish();
     wait_for_end(&vmm);
-    assert_eq!(machine.pods().len(), 1, "nobody was left to remove it");
     machine.shell(&[], "true");
 }

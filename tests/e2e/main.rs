@@ -17,6 +17,7 @@ mod ends;
 mod environment;
 mod execs;
 mod faults;
+mod foreground;
 mod images;
 mod interfaces;
 mod killed;

@@ -15,6 +15,7 @@ use cube_guest::{HostRequest, PodSpec, ProcessSpec, VolumeSource, VolumeSpec};
 use serde_json::{Value, json};
 
 mod fake_agent;
+mod no_log;
 mod volumes;
 
 use super::*;

@@ -24,23 +24,34 @@ impl Script {
     }
 
     fn start(&self, kernel: NamedFile) -> VmmProcess {
-        let mut inherited = Inherited::default();
-        let spec = MachineSpec {
-            kernel: inherited.pass(kernel),
-            initramfs: None,
-            command_line: String::new(),
-            cpus: 1,
-            memory_mib: 64,
-            disks: Vec::new(),
-            nets: Vec::new(),
-            vsock: None,
-            rng: false,
-            huge_pages: false,
-            spare_slots: 0,
-            console: None,
-        };
-        VmmProcess::start(&self.directory.path().join("vmm"), &spec, inherited, true).unwrap()
+        start(&self.directory.path().join("vmm"), kernel).unwrap()
     }
+}
+
+fn start(program: &Path, kernel: NamedFile) -> Result<VmmProcess, VmmError> {
+    let mut inherited = Inherited::default();
+    let spec = MachineSpec {
+        kernel: inherited.pass(kernel),
+        initramfs: None,
+        command_line: String::new(),
+        cpus: 1,
+        memory_mib: 64,
+        disks: Vec::new(),
+        nets: Vec::new(),
+        vsock: None,
+        rng: false,
+        huge_pages: false,
+        spare_slots: 0,
+        console: None,
+    };
+    let launch = Launch {
+        program,
+        spec: &spec,
+        pod: b"the pod",
+        inherited,
+        others: &[],
+    };
+    VmmProcess::start(launch, true)
 }
 
 fn wait(process: &mut VmmProcess) -> MachineEnd {
@@ -61,18 +72,19 @@ fn wait(process: &mut VmmProcess) -> MachineEnd {
 fn it_reads_its_specification_and_inherited_files_and_tells_its_timeline() {
     let script = Script::new(
         r#"spec=$(cat /proc/self/fd/$2); kernel=${spec#*'"fd":'}; kernel=${kernel%%\}*}
-        echo "$(cat /proc/self/fd/$kernel)" >&2; echo stages > /proc/self/fd/$6; exit 7"#,
+        echo "$(cat /proc/self/fd/$kernel) and $(cat /proc/self/fd/$4)" >&2
+        echo stages > /proc/self/fd/$8; exit 7"#,
     );
     let mut process = script.start(script.file("kernel", "the kernel's text"));
     let end = wait(&mut process);
-    assert_eq!(end.message, "the kernel's text");
+    assert_eq!(end.message, "the kernel's text and the pod");
     assert_eq!((end.status.code(), end.killed_here), (Some(7), false));
     assert_eq!(process.timeline(), "stages\n");
 }
 
 #[test]
 fn it_sees_the_end_of_this_process() {
-    let script = Script::new("cat /proc/self/fd/$4; exit 3");
+    let script = Script::new("cat /proc/self/fd/$6; exit 3");
     let mut process = script.start(script.file("kernel", ""));
     let (_reader, writer) = io::pipe().unwrap();
     // What the end of this process does to its descriptors.
@@ -115,23 +127,7 @@ fn killing_it_is_told_from_its_own_end() {
 #[test]
 fn a_program_that_is_not_there_is_named() {
     let script = Script::new("");
-    let spec = script.file("kernel", "");
-    let mut inherited = Inherited::default();
-    let spec = MachineSpec {
-        kernel: inherited.pass(spec),
-        initramfs: None,
-        command_line: String::new(),
-        cpus: 1,
-        memory_mib: 64,
-        disks: Vec::new(),
-        nets: Vec::new(),
-        vsock: None,
-        rng: false,
-        huge_pages: false,
-        spare_slots: 0,
-        console: None,
-    };
-    let error =
-        VmmProcess::start(Path::new("/nowhere/cube-vmm"), &spec, inherited, false).unwrap_err();
+    let kernel = script.file("kernel", "");
+    let error = start(Path::new("/nowhere/cube-vmm"), kernel).unwrap_err();
     assert!(error.to_string().contains("/nowhere/cube-vmm"), "{error}");
 }

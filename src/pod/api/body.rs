@@ -42,6 +42,9 @@ pub struct CreateContainer {
     /// File for its output in CRI format; absent: `<pod directory>/<id>.log`.
     #[serde(default)]
     pub log_path: Option<PathBuf>,
+    /// Keep no log: its output waits in the guest for a client, and ends with the last one, as a pipe does.
+    #[serde(default)]
+    pub no_log: bool,
     /// cgroup limits.
     #[serde(default)]
     pub resources: Resources,
@@ -190,8 +193,9 @@ pub struct ContainerStatus {
     /// How it ended.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub exit: Option<Exit>,
-    /// The log.
-    pub log_path: PathBuf,
+    /// The log; absent: it has none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub log_path: Option<PathBuf>,
     /// Whether it has a terminal.
     pub terminal: bool,
     /// How often it was started again after it had ended.

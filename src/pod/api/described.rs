@@ -194,6 +194,7 @@ fn answers(description: &Description) {
             started_at: None,
             finished_at: None,
             exit: None,
+            log_path: None,
             log_error: None,
             ..container.clone()
         };
@@ -241,7 +242,7 @@ fn containers(exit: &Exit) -> Vec<ContainerStatus> {
         started_at: some_text(),
         finished_at: some_text(),
         exit: Some(exit.clone()),
-        log_path: "/".into(),
+        log_path: Some("/".into()),
         terminal: true,
         restarts: 1,
         log_error: some_text(),
@@ -426,6 +427,7 @@ fn requests(description: &Description) {
             stdin_once: true,
             terminal: Some(size),
             log_path: Some("/".into()),
+            no_log: true,
             resources: resources(),
             mounts: mounts(),
             devices: vec![device()],

@@ -9,6 +9,8 @@
 //! ```
 #![forbid(unsafe_code)]
 
+use std::path::PathBuf;
+
 use cube_guest::{ContainerSpec, HostRequest, ProcessId, RootFs, Seccomp, TerminalSize};
 
 use super::{Served, check_name, conflict};
@@ -47,8 +49,7 @@ impl Supervisor {
             .map(|file| self.disk("writable", vec![file], false))
             .transpose()?;
         let id = body.id.clone();
-        let log_path = body.log_path.clone();
-        let log_path = log_path.unwrap_or_else(|| self.directory.join(format!("{id}.log")));
+        let log_path = self.log_path(&body)?;
         let stdin_once = body.stdin_once;
         let spec = spec(body, &image, writable.as_ref());
         let mut container = Container::new(spec, log_path, Vec::new(), stdin_once)
@@ -74,6 +75,19 @@ impl Supervisor {
             self.containers.insert(id, container);
         }
         asked
+    }
+
+    /// Where the log goes; absent: there is none.
+    fn log_path(&self, body: &CreateContainer) -> Result<Option<PathBuf>, Refusal> {
+        match (&body.log_path, body.no_log) {
+            (Some(_), true) => {
+                let sentence = "a container that keeps no log (`no_log`) has no place for one";
+                Err(Refusal::field("log_path", sentence))
+            }
+            (None, true) => Ok(None),
+            (Some(path), false) => Ok(Some(path.clone())),
+            (None, false) => Ok(Some(self.directory.join(format!("{}.log", body.id)))),
+        }
     }
 
     /// Starts a container that was created, or starts one again that has ended.

@@ -37,6 +37,10 @@ fn conflict(sentence: impl Into<String>) -> Refusal {
     Refusal::new(409, sentence)
 }
 
+fn no_log() -> Refusal {
+    conflict("the container keeps no log: its output goes to whoever is attached to it")
+}
+
 /// A name, in `field`, that is a file name too, and that no path can hide in.
 fn check_name(field: &str, name: &str) -> Result<(), Refusal> {
     let good = name.starts_with(|c: char| c.is_ascii_alphanumeric())
@@ -180,7 +184,8 @@ impl Supervisor {
     fn logs(&mut self, connection: ConnectionId, name: &str, request: &Request) -> Served {
         let (tail, follow) = (request.number("tail")?, request.switch("follow"));
         let since = request.text("since")?;
-        let path = self.container(name)?.log.path().to_owned();
+        let log = self.container(name)?.log.as_ref().ok_or_else(no_log)?;
+        let path = log.path().to_owned();
         let feed = LogFeed::open(name, &path, tail, since, follow)
             .map_err(|e| conflict(format!("cannot read the log {}: {e}", path.display())))?;
         self.server.begin_stream(connection, "text/plain");
@@ -189,10 +194,10 @@ impl Supervisor {
     }
 
     fn reopen_log(&mut self, name: &str) -> Served {
-        let container = self.container(name)?;
-        let path = container.log.path().display().to_string();
+        let log = self.container(name)?.log.as_mut().ok_or_else(no_log)?;
+        let path = log.path().display().to_string();
         let failed = |e| conflict(format!("cannot reopen the log {path}: {e}"));
-        container.log.reopen().map_err(failed)?;
+        log.reopen().map_err(failed)?;
         Ok(Some((204, Value::Null)))
     }
 

@@ -8,7 +8,7 @@ use cube_guest::{ContainerSpec, ProcessId, ProcessSpec, RootFs, TerminalSize, fr
 use rustix::event::{PollFd, poll};
 
 use super::*;
-use crate::pod::Ports;
+use crate::pod::listen::Ports;
 
 const STDOUT: u64 = 11;
 const STDERR: u64 = 12;
@@ -159,10 +159,13 @@ fn a_pod_that_cannot_be_set_up_says_why_and_ends() {
     pair.say(&failed());
     pair.agent.shutdown(Shutdown::Write).unwrap();
     let events = pair.turn().unwrap();
-    let [SessionEvent::Failed { reason }, SessionEvent::Closed] = &events[..] else {
+    let [SessionEvent::Failed { reason }] = &events[..] else {
         panic!("{events:?}");
     };
     assert_eq!(reason, "no disk\u{fffd}");
+    // Its owner knows the reason before the guest is let go.
+    assert!(pair.session.control.is_some());
+    assert!(matches!(pair.turn().unwrap()[..], [SessionEvent::Closed]));
 
     let mut pair = Pair::ready();
     pair.say(&started("c"));
@@ -273,7 +276,7 @@ fn requests_carry_ids_and_replies_find_them() {
     };
     assert_eq!(*id, second);
     assert_eq!(result.as_ref().unwrap_err(), "no\u{fffd}terminal");
-    assert_eq!(pair.session.unanswered(), 0);
+    assert!(pair.session.unanswered.is_empty());
 }
 
 #[test]

@@ -18,7 +18,7 @@ Usage: cube-vmm (--spec-fd N | --spec FILE) [OPTIONS]
   --started-at NS   CLOCK_MONOTONIC at which the caller started this program: the timeline's first stage
   --count-exits     add the vCPUs' exits, by reason, to the timeline's stages from init on
   --lifetime-fd N   stop the machine when the other end of this pipe or socket is closed
-  --pod-fd N        serve the pod described (JSON) on inherited descriptor N; not with --lifetime-fd
+  --pod-fd N        serve the pod described (JSON) on inherited descriptor N
   --help, --version
 
 Exit status: 0 the guest powered off, 1 the host failed, 2 wrong arguments or spec, 64 the guest reset,
@@ -73,10 +73,6 @@ pub(super) enum ArgumentError {
     Twice(&'static str),
     #[error("descriptor {0} was given for two things")]
     SharedDescriptor(RawFd),
-    #[error(
-        "--pod-fd and --lifetime-fd exclude each other: a pod outlives the command that started it"
-    )]
-    TwoLives,
     #[error("no spec was given: --spec-fd or --spec is needed")]
     NoSpec,
 }
@@ -165,7 +161,6 @@ pub(super) fn parse(
         Source::Fd(fd) => Some(fd),
         _ => None,
     };
-    check_one_life(lifetime_fd, pod_fd)?;
     check_distinct([spec_fd, timeline_fd, lifetime_fd, pod_fd])?;
     let run = Arguments {
         spec,
@@ -177,14 +172,6 @@ pub(super) fn parse(
         pod_fd,
     };
     Ok(Action::Run(Box::new(run)))
-}
-
-/// A pod outlives the command that started it.
-fn check_one_life(lifetime: Option<RawFd>, pod: Option<RawFd>) -> Result<(), ArgumentError> {
-    match (lifetime, pod) {
-        (Some(_), Some(_)) => Err(ArgumentError::TwoLives),
-        _ => Ok(()),
-    }
 }
 
 /// Each inherited descriptor gets one owner.
@@ -207,7 +194,8 @@ mod tests {
 
     #[test]
     fn a_full_line_is_understood() {
-        let line = "--spec-fd 3 --timeline-fd 4 --started-at 12 --count-exits --lifetime-fd 5";
+        let line =
+            "--spec-fd 3 --timeline-fd 4 --started-at 12 --count-exits --lifetime-fd 5 --pod-fd 6";
         let expected = Arguments {
             spec: Source::Fd(3),
             check: false,
@@ -215,7 +203,7 @@ mod tests {
             started_at: Some(12),
             count_exits: true,
             lifetime_fd: Some(5),
-            pod_fd: None,
+            pod_fd: Some(6),
         };
         assert_eq!(parse_line(line), Ok(Action::Run(Box::new(expected))));
     }
@@ -243,7 +231,10 @@ mod tests {
                 "--spec-fd 4 --lifetime-fd 4",
                 "descriptor 4 was given for two things",
             ),
-            ("--spec a --pod-fd 4 --lifetime-fd 5", "exclude each other"),
+            (
+                "--spec a --pod-fd 4 --lifetime-fd 4",
+                "was given for two things",
+            ),
             ("--spec-fd 4 --pod-fd 4", "was given for two things"),
             ("--spec a -v", "unknown argument \"-v\""),
         ] {
