@@ -194,6 +194,12 @@ impl Supervisor {
         })
     }
 
+    /// Has less patience with streams that do not come.
+    #[cfg(test)]
+    pub(crate) fn set_stream_patience(&mut self, patience: Duration) {
+        self.session.stream_patience = patience;
+    }
+
     /// Descriptors to poll, level-triggered.
     pub(crate) fn interests(&self) -> Vec<(BorrowedFd<'_>, PollFlags)> {
         let mut interests = self.server.interests();
@@ -432,7 +438,8 @@ impl Supervisor {
     }
 
     fn timeout(&self) -> Option<Timespec> {
-        let deadlines = [self.server.deadline(), self.stop_by];
+        let streams = self.session.deadline().filter(|_| self.broken.is_none());
+        let deadlines = [self.server.deadline(), self.stop_by, streams];
         let next = deadlines.into_iter().flatten().min()?;
         // A feed whose file grew between the turn and the poll is turned by what made it grow.
         Timespec::try_from(next.saturating_duration_since(Instant::now())).ok()
