@@ -7,6 +7,8 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 
+use cube_guest::{VolumeSource, VolumeSpec};
+
 use super::api::{ApiError, PodApi};
 use super::pod::{PodError, PodRequest, machine_spec};
 use super::run_dir::{RunDir, RunDirError, living};
@@ -48,7 +50,8 @@ pub enum DetachedError {
 }
 
 impl Detached {
-    /// Starts a pod whose `request.disks` are two for each container of `request.guest`, in order.
+    /// Starts a pod whose `request.disks` are two for each container of `request.guest`, in order, and then those of
+    /// its volumes.
     ///
     /// # Errors
     /// Anything on the host's side; nothing is left behind.
@@ -71,6 +74,7 @@ impl Detached {
             (container.id.clone(), first)
         });
         let first: BTreeMap<String, FirstContainer> = first.collect();
+        let volume_slots = volume_slots(&request);
         let lock = directory.lock_copy()?;
         let pod = PodFile {
             id: request.id.clone(),
@@ -80,6 +84,7 @@ impl Detached {
             network_lock_fd: options.network_lock.as_ref().map(AsRawFd::as_raw_fd),
             guest: request.guest.clone(),
             containers: first,
+            volume_slots,
         };
         let api = PodApi::of(base, &request.id);
         let containers = request.guest.containers.len();
@@ -136,6 +141,20 @@ impl Detached {
         }
         Ok(false)
     }
+}
+
+/// The slot of each volume that is on a disk: a disk's place among the disks.
+fn volume_slots(request: &PodRequest) -> BTreeMap<String, u16> {
+    let serials: BTreeMap<&str, u16> = (request.disks.iter().zip(0..))
+        .map(|(disk, slot)| (disk.serial.as_str(), slot))
+        .collect();
+    let of = |volume: &VolumeSpec| match &volume.source {
+        VolumeSource::Disk { serial, .. } => {
+            Some((volume.name.clone(), *serials.get(serial.as_str())?))
+        }
+        _ => None,
+    };
+    request.guest.volumes.iter().filter_map(of).collect()
 }
 
 /// The APIs of the pods that live under `base`. A pod of `cube run` has none and is left out.

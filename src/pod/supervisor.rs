@@ -20,7 +20,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use cube_guest::{Answer, HostRequest, PodSpec};
+use cube_guest::{Answer, HostRequest, PodSpec, VolumeSpec};
 use rustix::event::{PollFlags, Timespec};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
@@ -72,6 +72,9 @@ pub struct PodFile {
     pub guest: PodSpec,
     /// Of each container in `guest`: the slots of its disks, and its log.
     pub containers: BTreeMap<String, FirstContainer>,
+    /// Of each volume in `guest` that is on a disk: the disk's slot.
+    #[serde(default)]
+    pub volume_slots: BTreeMap<String, u16>,
 }
 
 /// A container that starts with the pod.
@@ -164,7 +167,8 @@ impl Supervisor {
             containers.insert(spec.id.clone(), container);
         }
         let volumes = pod.guest.volumes.iter();
-        let volumes = volumes.map(|spec| (spec.name.clone(), Volume::of_the_pod(spec)));
+        let slot = |spec: &VolumeSpec| pod.volume_slots.get(&spec.name).copied();
+        let volumes = volumes.map(|spec| (spec.name.clone(), Volume::of_the_pod(spec, slot(spec))));
         let interfaces = pod.guest.network.iter().flat_map(|n| &n.interfaces);
         let addresses = interfaces.flat_map(|interface| &interface.addresses);
         Ok(Self {

@@ -22,6 +22,7 @@ mod interfaces;
 mod killed;
 mod networks;
 mod pod_files;
+mod pod_volumes;
 mod pods;
 mod runtime;
 mod streams;

@@ -125,6 +125,7 @@ impl TestPod {
             network_lock_fd: None,
             guest: pod_spec(),
             containers: BTreeMap::new(),
+            volume_slots: BTreeMap::new(),
         };
         let mut supervisor = Supervisor::new(pod, Vec::new(), api).unwrap();
         change(&mut supervisor);
