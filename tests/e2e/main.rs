@@ -21,6 +21,7 @@ mod images;
 mod interfaces;
 mod killed;
 mod networks;
+mod nfs;
 mod pod_files;
 mod pod_volumes;
 mod pods;
