@@ -150,6 +150,58 @@ fn boot(
     test: &Path,
     names: &BTreeSet<String>,
 ) -> Result<(u8, BTreeMap<String, bool>)> {
+    let limits = Limits {
+        timeout: SUITE_TIMEOUT,
+        silence: Some(SILENCE),
+        memory_mib: 6144,
+        cpus: 2,
+    };
+    let watched = Verdicts::default();
+    let job = job(parts, test, names)?;
+    let status = testbed::exec(outer, &limits, &job, watched.clone())?;
+    Ok((status, watched.so_far()))
+}
+
+/// Runs one test alone, once, with what it says shown and `variable` set: whether it passed. `timeout` is for the
+/// testbed.
+pub(crate) fn alone(
+    parts: &Parts,
+    name: &str,
+    (variable, value): (&str, String),
+    timeout: Duration,
+) -> Result<bool> {
+    let test = binaries::end_to_end_test()?;
+    let Some(outer) = &parts.outer else {
+        let scratch = tempfile::tempdir().doing("create a directory in", &std::env::temp_dir())?;
+        let mut command = Command::new(&test);
+        command
+            .args(["--exact", "--nocapture", name])
+            .current_dir(binaries::root())
+            .envs(parts.variables())
+            .env(variable, value)
+            .env("TMPDIR", scratch.path());
+        return Ok(counted(&mut command)? == Counts::new(1, 0));
+    };
+    let limits = Limits {
+        timeout,
+        // What it says goes to standard error, and it is the other that the silence is of.
+        silence: None,
+        memory_mib: 6144,
+        cpus: 2,
+    };
+    let watched = Verdicts::default();
+    let words = [name, "--nocapture"].map(str::to_owned);
+    let job = job(parts, &test, &words.into())?.variable(variable, value);
+    match testbed::exec(outer, &limits, &job, watched.clone())? {
+        0 => Ok(watched.so_far().get(name) == Some(&true)),
+        DIED => Err(Error::Said(
+            "the testbed died before the test had ended: run it again".into(),
+        )),
+        _ => Ok(false),
+    }
+}
+
+fn job(parts: &Parts, test: &Path, names: &BTreeSet<String>) -> Result<Job> {
     let mut words: Vec<OsString> = vec![test.into(), "--exact".into()];
     // One at a time: with two guests on its two processors the outer machine dies, or hangs, in most runs.
     words.push("--test-threads=1".into());
@@ -158,15 +210,7 @@ fn boot(
     for (name, value) in parts.variables() {
         job = job.variable(name, value);
     }
-    let limits = Limits {
-        timeout: SUITE_TIMEOUT,
-        silence: Some(SILENCE),
-        memory_mib: 6144,
-        cpus: 2,
-    };
-    let watched = Verdicts::default();
-    let status = testbed::exec(outer, &limits, &job, watched.clone())?;
-    Ok((status, watched.so_far()))
+    Ok(job)
 }
 
 fn joined(names: &BTreeSet<String>) -> String {
