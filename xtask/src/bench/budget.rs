@@ -107,6 +107,12 @@ const PROMISES: &[Promise] = &[
         Within("cube run", ["hello_exits", "hello_console_exits"]),
     ),
     anywhere("pod.idle_mib", Guests(POD, "cgroup_mib")),
+    anywhere("pod.container_kib", Guests(POD, "container_kib")),
+    here(
+        "streams.ratio_to_firecracker",
+        Ratio(false, "echo_ms_per_gib", [POD, "firecracker"]),
+    ),
+    here("streams.growth_kib", Guests(POD, "echo_growth_kib")),
     anywhere("reached.overhead_pss_mib", Guests(POD, "overhead_pss_mib")),
     anywhere(
         "reached.guest_touched_mib",
