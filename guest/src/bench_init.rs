@@ -5,18 +5,19 @@
 //! It writes the port itself, through `/dev/port`, so that the marker costs the same under every VMM and
 //! whether or not the kernel has a serial driver.
 //!
-//! Unsafe for sockets of a family that no crate here knows, and for the C entry point. Rust's own would abort before `main`: it wants the three standard descriptors, or
+//! Unsafe for the address of a family that no crate here knows, and for the C entry point. Rust's own would abort before `main`: it wants the three standard descriptors, or
 //! `/dev/null` in their place, and a kernel without a console gives its init none of them.
 #![cfg_attr(not(test), no_main)]
 #![allow(unsafe_code)]
 
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 
 use rustix::fs::OFlags;
 use rustix::mount::{MountFlags, mount};
+use rustix::net::{AddressFamily, SocketFlags, SocketType};
 
 /// The data register of the first serial port.
 const SERIAL: u64 = 0x3f8;
@@ -69,18 +70,15 @@ fn run() -> io::Result<()> {
 
 /// Listens on [`PORT`].
 fn listen() -> io::Result<OwnedFd> {
-    // SAFETY: the call takes no pointers; what it returns, if it does, is a new descriptor that nobody else has.
-    let socket = unsafe {
-        match libc::socket(libc::AF_VSOCK, libc::SOCK_STREAM | libc::SOCK_CLOEXEC, 0) {
-            -1 => return Err(io::Error::last_os_error()),
-            fd => OwnedFd::from_raw_fd(fd),
-        }
+    let flags = SocketFlags::CLOEXEC;
+    let socket = rustix::net::socket_with(AddressFamily::VSOCK, SocketType::STREAM, flags, None)?;
+    let address = libc::sockaddr_vm {
+        svm_family: libc::AF_VSOCK as libc::sa_family_t,
+        svm_reserved1: 0,
+        svm_port: PORT,
+        svm_cid: libc::VMADDR_CID_ANY,
+        svm_zero: [0; 4],
     };
-    // SAFETY: sockaddr_vm is plain data for which all zeroes is a valid value.
-    let mut address: libc::sockaddr_vm = unsafe { std::mem::zeroed() };
-    address.svm_family = libc::AF_VSOCK as libc::sa_family_t;
-    address.svm_cid = libc::VMADDR_CID_ANY;
-    address.svm_port = PORT;
     let length = size_of::<libc::sockaddr_vm>() as libc::socklen_t;
     // SAFETY: the address is of that length and lives through the call.
     let bound = unsafe { libc::bind(socket.as_raw_fd(), (&raw const address).cast(), length) };

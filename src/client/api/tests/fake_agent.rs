@@ -133,18 +133,7 @@ impl FakeAgent {
                 ..
             } => {
                 self.reply(id, Ok(Answer::Done));
-                let (control, vsock) = (self.control.clone(), self.vsock.clone());
-                thread::spawn(move || {
-                    let say_the_end = |status| {
-                        let ended = GuestMessage::Event(GuestEvent::ExecExited { exec, status });
-                        frame::write(&mut *control.lock().unwrap(), &ended).unwrap();
-                    };
-                    if what.argv[0] == "late" {
-                        say_the_end(ExitStatus::Code(3));
-                        return drop(process(&said(&what), &vsock));
-                    }
-                    say_the_end(process(&what, &vsock).0);
-                });
+                self.exec(exec, what);
             }
             HostRequest::Signal {
                 process: ProcessId::Container(container),
@@ -193,6 +182,21 @@ impl FakeAgent {
             HostRequest::Stats => self.reply(id, Ok(Answer::Stats(Box::new(stats())))),
             _ => self.reply(id, Ok(Answer::Done)),
         }
+    }
+
+    fn exec(&self, exec: String, what: Box<ProcessSpec>) {
+        let (control, vsock) = (self.control.clone(), self.vsock.clone());
+        thread::spawn(move || {
+            let say_the_end = |status| {
+                let ended = GuestMessage::Event(GuestEvent::ExecExited { exec, status });
+                frame::write(&mut *control.lock().unwrap(), &ended).unwrap();
+            };
+            if what.argv[0] == "late" {
+                say_the_end(ExitStatus::Code(3));
+                return drop(process(&said(&what), &vsock));
+            }
+            say_the_end(process(&what, &vsock).0);
+        });
     }
 
     fn exited(&self, container: String, status: ExitStatus) {
