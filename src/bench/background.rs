@@ -12,21 +12,26 @@ use rustix::process::Pid;
 use serde_json::{Value, json};
 
 use super::cgroup::Group;
+use super::footprint;
 use super::measure::{self, RunError, ends_within};
-use super::plan::{Figures, look};
+use super::plan::{Figures, look, record};
 use super::pod::PodCommand;
+use crate::client::PodApi;
 
 const NAME: &str = "cube-bench";
+/// Containers of the pod that tells what a further one costs.
+const MANY: u32 = 8;
 
 /// A pod that runs. Dropping it ends it.
-struct Background {
+pub(super) struct Background {
     cube: PathBuf,
     base: PathBuf,
     pid: u32,
     deadline: Duration,
 }
 
-/// One idle pod to look at, with the memory of a group in which nothing but the pod process is left.
+/// One idle pod to look at, with the memory of a group in which nothing but the pod process is left, and one of
+/// [`MANY`] containers.
 pub(super) fn measure(
     pod: &PodCommand,
     deadline: Duration,
@@ -35,18 +40,27 @@ pub(super) fn measure(
 ) -> Result<(), RunError> {
     // Dropped last: a group with a process in it cannot be removed.
     let group = Group::create();
-    let background = Background::start(pod, deadline, directory, group.as_ref())?;
-    look(background.pid, pod.memory_mib, group.as_ref(), taken).map_err(RunError::Look)
+    let one = Background::start(pod, 1, deadline, directory, group.as_ref())?;
+    look(one.pid, pod.memory_mib, group.as_ref(), taken).map_err(RunError::Look)?;
+    let of_one = one.own_rss_kib(pod).map_err(RunError::Look)?;
+    drop(one);
+    let many = Background::start(pod, MANY, deadline, directory, None)?;
+    let of_many = many.own_rss_kib(pod).map_err(RunError::Look)?;
+    let further = of_many.saturating_sub(of_one) as f64 / f64::from(MANY - 1);
+    record(taken, "container_kib", further);
+    Ok(())
 }
 
 impl Background {
-    fn start(
+    /// Starts a pod of so many idle containers.
+    pub(super) fn start(
         pod: &PodCommand,
+        containers: u32,
         deadline: Duration,
         directory: &Path,
         group: Option<&Group>,
     ) -> Result<Self, RunError> {
-        let spec = write_spec(pod, directory).map_err(RunError::Spawn)?;
+        let spec = write_spec(pod, containers, directory).map_err(RunError::Spawn)?;
         let mut background = Self {
             cube: pod.cube.clone(),
             base: directory.join("pods"),
@@ -62,6 +76,16 @@ impl Background {
             .listed()
             .ok_or_else(|| RunError::Odd("`cube ps` does not know its process".to_owned()))?;
         Ok(background)
+    }
+
+    /// What the pod process takes apart from guest memory.
+    pub(super) fn own_rss_kib(&self, pod: &PodCommand) -> io::Result<u64> {
+        footprint::of_process(self.pid, pod.memory_mib).map(|memory| memory.overhead_rss_kib)
+    }
+
+    /// The pod's API.
+    pub(super) fn api(&self) -> PodApi {
+        PodApi::of(&self.base, NAME)
     }
 
     fn command(&self, words: &[&str]) -> Command {
@@ -93,18 +117,26 @@ impl Drop for Background {
     }
 }
 
-fn write_spec(pod: &PodCommand, directory: &Path) -> io::Result<PathBuf> {
+/// The name of a container.
+pub(super) fn container(number: u32) -> String {
+    format!("idle{number}")
+}
+
+fn write_spec(pod: &PodCommand, containers: u32, directory: &Path) -> io::Result<PathBuf> {
     let path = directory.join("pod.json");
-    let container = json!({
-        "name": "idle",
-        "image": pod.image,
-        "command": ["sh", "-c", "exec sleep 1000000"],
-    });
+    let idle = |number| {
+        json!({
+            "name": container(number),
+            "image": pod.image,
+            "command": ["sh", "-c", "exec sleep 1000000"],
+        })
+    };
+    let containers: Vec<_> = (0..containers).map(idle).collect();
     let spec = json!({
         "apiVersion": "v1",
         "kind": "Pod",
         "metadata": {"name": NAME},
-        "spec": {"containers": [container]},
+        "spec": {"containers": containers},
     });
     fs::write(&path, spec.to_string())?;
     Ok(path)
@@ -143,9 +175,11 @@ esac
         let deadline = Duration::from_secs(60);
         measure(&pod, deadline, directory.path(), &mut taken).expect("it runs");
         assert_eq!(taken["threads"], [1.0]);
+        assert!(taken["container_kib"][0] >= 0.0);
         let pods = directory.path().join("pods");
         let spec = fs::read_to_string(pods.join("spec")).expect("a spec");
         assert!(spec.contains("\"image\":\"box\""), "{spec}");
+        assert_eq!(spec.matches("\"idle").count(), 8, "the last pod: {spec}");
         let pid = fs::read_to_string(pods.join("pid")).expect("a process id");
         // Whoever adopted it may not have reaped it yet.
         let stat = fs::read_to_string(format!("/proc/{}/stat", pid.trim()));

@@ -20,4 +20,5 @@ pub mod plan;
 pub mod pod;
 pub mod report;
 pub mod stats;
+pub mod streams;
 pub mod syscalls;

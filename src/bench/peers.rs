@@ -9,6 +9,9 @@ use std::process::Command;
 use serde::Serialize;
 use serde_json::json;
 
+/// The guest's address on a vsock.
+const GUEST_CID: u32 = 3;
+
 /// One VMM that can be measured.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Peer {
@@ -56,6 +59,8 @@ pub struct Machine {
     pub command_line: String,
     /// A raw image that is the first, read-only disk.
     pub disk: Option<PathBuf>,
+    /// Whether it has a vsock device, whose host socket is [`Peer::vsock`].
+    pub vsock: bool,
     /// vCPUs.
     pub cpus: u8,
     /// Memory in MiB.
@@ -137,6 +142,11 @@ pub fn find(program: &str) -> Option<PathBuf> {
 }
 
 impl Peer {
+    /// Where the host dials the guest of a machine with a vsock device: `CONNECT <port>` and a line's end first.
+    pub fn vsock(&self, directory: &Path) -> PathBuf {
+        directory.join(format!("{}.vsock", self.name))
+    }
+
     /// The command that boots `machine` with its first serial port on standard output. Files it needs
     /// are written to `directory`.
     ///
@@ -150,11 +160,13 @@ impl Peer {
                 command.args([&machine.memory_mib.to_string(), order]);
             }
             Kind::CubeVmm => {
-                let spec = write(directory, "cube-vmm.json", &cube_spec(machine))?;
+                let vsock = self.vsock(directory);
+                let spec = write(directory, "cube-vmm.json", &cube_spec(machine, &vsock))?;
                 command.arg("--spec").arg(spec);
             }
             Kind::Firecracker => {
-                let config = write(directory, "firecracker.json", &firecracker_config(machine))?;
+                let config = firecracker_config(machine, &self.vsock(directory));
+                let config = write(directory, "firecracker.json", &config)?;
                 command.args(["--no-api", "--config-file"]).arg(config);
             }
             Kind::CloudHypervisor => cloud_hypervisor(&mut command, machine),
@@ -171,7 +183,7 @@ fn write(directory: &Path, name: &str, content: &serde_json::Value) -> io::Resul
     Ok(path)
 }
 
-fn cube_spec(machine: &Machine) -> serde_json::Value {
+fn cube_spec(machine: &Machine, vsock: &Path) -> serde_json::Value {
     let mut spec = json!({
         "kernel": {"path": machine.kernel},
         "command_line": machine.command_line,
@@ -187,10 +199,13 @@ fn cube_spec(machine: &Machine) -> serde_json::Value {
         let parts = json!([{"file": {"path": disk}}]);
         spec["disks"] = json!([{"serial": "bench", "parts": parts, "read_only": true}]);
     }
+    if machine.vsock {
+        spec["vsock"] = json!({"cid": GUEST_CID, "path": vsock});
+    }
     spec
 }
 
-fn firecracker_config(machine: &Machine) -> serde_json::Value {
+fn firecracker_config(machine: &Machine, vsock: &Path) -> serde_json::Value {
     let mut boot = json!({"kernel_image_path": machine.kernel, "boot_args": machine.command_line});
     if let Some(init) = &machine.init {
         boot["initrd_path"] = json!(init.initramfs);
@@ -204,11 +219,15 @@ fn firecracker_config(machine: &Machine) -> serde_json::Value {
         })
     };
     let drives: Vec<_> = machine.disk.iter().map(drive).collect();
-    json!({
+    let mut config = json!({
         "boot-source": boot,
         "drives": drives,
         "machine-config": {"vcpu_count": machine.cpus, "mem_size_mib": machine.memory_mib},
-    })
+    });
+    if machine.vsock {
+        config["vsock"] = json!({"guest_cid": GUEST_CID, "uds_path": vsock});
+    }
+    config
 }
 
 fn cloud_hypervisor(command: &mut Command, machine: &Machine) {

@@ -43,6 +43,7 @@ pub const SHOWN: [&[Figure]; 4] = [
         figure("overhead_rss_mib", "Overhead, RSS", "MiB"),
         figure("guest_touched_mib", "Guest touched", "MiB"),
         figure("cgroup_mib", "cgroup memory.current", "MiB"),
+        figure("container_kib", "A further container, RSS", "KiB"),
         figure("threads", "Threads", ""),
         figure("binary_mib", "Binary", "MiB"),
     ],
@@ -50,6 +51,8 @@ pub const SHOWN: [&[Figure]; 4] = [
         figure("disk_read_ms", "Read 64 MiB of a disk", "ms"),
         figure("layer_write_ms", "Write 64 MiB to a layer", "ms"),
         figure("stdout_ms", "32 MiB of output", "ms"),
+        figure("echo_ms_per_gib", "Stream there and back, per GiB", "ms"),
+        figure("echo_growth_kib", "RSS grown by it", "KiB"),
     ],
     &[
         figure("net_to_ms_per_gib", "Network, to guest, per GiB", "ms"),

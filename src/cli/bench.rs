@@ -19,6 +19,7 @@ use crate::bench::plan::{Contender, Rounds, Row, run};
 use crate::bench::pod::PodCommand;
 use crate::bench::report::{Change, Host, Report};
 use crate::bench::stats::Verdict;
+use crate::bench::streams::StreamBench;
 use crate::vmm::boot::{cmdline, initramfs};
 
 /// Size of the disk that is read.
@@ -36,6 +37,7 @@ Examples:
   cube bench --kernel vmlinux --init bench-init --output report
   cube bench --vmm firecracker=/opt/firecracker/firecracker --rounds 30
   cube bench --kernel vmlinux --init bench-init --image busybox --at-once 1,10,50 --fill 1024
+  cube bench --kernel vmlinux --init bench-init --image busybox --streams 1024 --rounds 1
   cube bench --compare report/report.json
 
 Exit status: 0; 1 if nothing could be measured or, with --compare, if something got worse.")]
@@ -63,6 +65,10 @@ pub(crate) struct BenchArgs {
     /// Also measure the throughput: of a disk, with --image of a container's writable layer and output.
     #[arg(long, requires = "kernel")]
     throughput: bool,
+    /// Also send that many MiB through an exec's `cat` and back, with --image, and through the vsock socket of each VMM
+    /// that has one of Firecracker's kind.
+    #[arg(long, value_name = "MIB", requires = "kernel", value_parser = clap::value_parser!(u32).range(1..))]
+    streams: Option<u32>,
     /// Also measure the network of guests with --kernel and this root file system (made by `cargo xtask bench --net`).
     /// As root: a tap is made in a network namespace.
     #[arg(long, value_name = "FILE", requires = "kernel")]
@@ -143,6 +149,7 @@ pub(crate) fn bench(arguments: &BenchArgs) -> Result<u8, Failure> {
     bar.finish_and_clear();
     ran.map_err(Failure::new)?;
     network(arguments, &mut rows, directory.path())?;
+    streams(arguments, &machines, &mut rows, directory.path())?;
     let crowds = crowds(arguments, &rows, directory.path())?;
     let failed = rows.iter().all(|row| row.figures.is_empty());
     let report = Report {
@@ -259,6 +266,32 @@ fn network(arguments: &BenchArgs, rows: &mut [Row], directory: &Path) -> Result<
     ran.map_err(Failure::new)
 }
 
+/// Streams, where that was asked for.
+fn streams(
+    arguments: &BenchArgs,
+    machines: &Machines,
+    rows: &mut [Row],
+    directory: &Path,
+) -> Result<(), Failure> {
+    let (Some(mib), Some(linux)) = (arguments.streams, &machines.linux) else {
+        return Ok(());
+    };
+    let bench = StreamBench {
+        machine: Machine {
+            name: "linux with a vsock".to_owned(),
+            vsock: true,
+            command_line: format!("{} bench_vsock=1", linux.command_line),
+            ..linux.clone()
+        },
+        mib,
+        deadline: Duration::from_secs(arguments.deadline),
+    };
+    let bar = progress(rows.len() as u64 * u64::from(arguments.rounds));
+    let ran = bench.run(rows, arguments.rounds, directory, &mut || bar.inc(1));
+    bar.finish_and_clear();
+    ran.map_err(Failure::new)
+}
+
 /// Many at once, where that was asked for.
 fn crowds(arguments: &BenchArgs, rows: &[Row], directory: &Path) -> Result<Vec<Crowd>, Failure> {
     if arguments.at_once.is_empty() && arguments.fill.is_none() {
@@ -297,6 +330,7 @@ impl Machines {
             kernel,
             init: None,
             disk: None,
+            vsock: false,
             command_line: format!("{} {}", cmdline::ALWAYS, cmdline::SILENT),
             cpus: arguments.cpus,
             memory_mib: arguments.memory,

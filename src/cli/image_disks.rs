@@ -53,6 +53,12 @@ pub(crate) fn resolve(
     })
 }
 
+/// A disk of `size` bytes for a volume, empty, which has no name and is gone with the pod.
+pub(crate) fn empty(store: &StoreArgs, serial: String, size: u64) -> Result<PodDisk, Failure> {
+    let store = store.open().map_err(Failure::new)?;
+    writable(&store, serial, size)
+}
+
 fn writable(store: &Store, serial: String, size: u64) -> Result<PodDisk, Failure> {
     let file = store
         .writable()

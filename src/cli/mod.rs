@@ -18,6 +18,7 @@ mod net;
 mod pod;
 mod pod_net;
 mod pod_spec;
+mod pod_volumes;
 mod port_forward;
 mod process;
 mod ps;

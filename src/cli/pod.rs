@@ -8,13 +8,14 @@ use std::process::ExitCode;
 use clap::{Args, Subcommand};
 use cube_guest::{
     ContainerSpec, PidNamespace, PodSpec, ProcessSpec, RootFs, SecuritySpec, Stdio, TerminalSize,
+    VolumeSource, VolumeSpec,
 };
 
 use super::failure::Failure;
 use super::image_disks;
 use super::images::{StoreArgs, print};
 use super::pod_net::{NetArgs, PodNetwork};
-use super::pod_spec::{self, Container};
+use super::pod_spec::{self, Container, Spec};
 use super::process::process;
 use super::size::parse_memory;
 use crate::client::detached::{Detached, DetachedError, DetachedOptions};
@@ -35,8 +36,8 @@ enum PodCommand {
 
 /// Start a pod in the background, and print its name.
 ///
-/// The specification is a Kubernetes Pod (apiVersion v1) in YAML or JSON. What Cube does not obey is refused
-/// by name.
+/// The specification is a Kubernetes Pod (apiVersion v1) in YAML or JSON. Its volumes are emptyDir and nfs. What Cube
+/// does not obey is refused by name.
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
@@ -55,7 +56,7 @@ struct RunArgs {
     #[arg(long, short, default_value = "128M", value_name = "SIZE", value_parser = parse_memory)]
     memory: u32,
 
-    /// Size of each container's writable layer.
+    /// Size of each container's writable layer, and of an emptyDir on a disk without a sizeLimit.
     #[arg(long, default_value = "1G", value_name = "SIZE",
           value_parser = super::size::parse_bytes)]
     disk_size: u64,
@@ -100,11 +101,16 @@ pub(crate) fn run(arguments: PodArgs) -> Result<ExitCode, Failure> {
             ..spec
         });
     }
+    let (volumes, of_them) = volumes(&arguments, &pod.spec)?;
+    disks.extend(of_them);
     let base = base_directory().map_err(Failure::new)?;
     let log_directory = arguments.log_dir.as_ref().map(std::path::absolute);
     let log_directory = log_directory.transpose().map_err(Failure::usage)?;
     let install = Install::find(arguments.kernel.as_deref()).map_err(Failure::new)?;
     let mut network = PodNetwork::connect(&arguments.net, &base, &id, arguments.cpus)?;
+    if network.is_none() {
+        pod.spec.check_without_network().map_err(Failure::usage)?;
+    }
     let request = PodRequest {
         install,
         cpus: arguments.cpus,
@@ -117,6 +123,7 @@ pub(crate) fn run(arguments: PodArgs) -> Result<ExitCode, Failure> {
             .collect(),
         guest: PodSpec {
             hostname: pod.spec.hostname.unwrap_or_else(|| id.clone()),
+            volumes,
             containers,
             network: network.as_ref().map(PodNetwork::spec),
             ..PodSpec::default()
@@ -167,6 +174,20 @@ fn read(path: &Path) -> Result<String, Failure> {
     std::fs::read_to_string(path).map_err(failed)
 }
 
+/// What the guest makes of the volumes, and the disks that some of them are on.
+fn volumes(arguments: &RunArgs, spec: &Spec) -> Result<(Vec<VolumeSpec>, Vec<PodDisk>), Failure> {
+    let (mut volumes, mut disks) = (Vec::new(), Vec::new());
+    for wanted in spec.volumes(arguments.disk_size).map_err(Failure::usage)? {
+        if let (Some(size), VolumeSource::Disk { serial, .. }) =
+            (wanted.disk_size, &wanted.spec.source)
+        {
+            disks.push(image_disks::empty(&arguments.store, serial.clone(), size)?);
+        }
+        volumes.push(wanted.spec);
+    }
+    Ok((volumes, disks))
+}
+
 fn resolve(
     arguments: &RunArgs,
     container: &Container,
@@ -198,6 +219,7 @@ fn resolve(
             ..process
         },
         resources,
+        mounts: container.mounts(),
         security: SecuritySpec {
             privileged: context.privileged,
             ..SecuritySpec::default()

@@ -3,9 +3,10 @@
 
 use std::collections::BTreeMap;
 
-use cube_guest::Resources;
+use cube_guest::{MountSpec, Resources};
 use serde::Deserialize;
 
+use super::pod_volumes::{self, Volume, VolumeMount, Wanted};
 use super::process::ProcessOptions;
 
 /// The document.
@@ -40,6 +41,8 @@ pub(crate) struct Spec {
     pub(crate) hostname: Option<String>,
     pub(crate) containers: Vec<Container>,
     #[serde(default)]
+    volumes: Vec<Volume>,
+    #[serde(default)]
     restart_policy: Option<String>,
     #[serde(default)]
     pub(crate) share_process_namespace: bool,
@@ -69,6 +72,8 @@ pub(crate) struct Container {
     pub(crate) tty: bool,
     #[serde(default)]
     resources: ResourceRequirements,
+    #[serde(default)]
+    volume_mounts: Vec<VolumeMount>,
     #[serde(default)]
     pub(crate) security_context: SecurityContext,
 }
@@ -113,7 +118,7 @@ struct Amounts {
 /// A quantity: YAML reads `1` as a number and `500m` as text.
 #[derive(Debug, Deserialize)]
 #[serde(untagged)]
-enum Amount {
+pub(super) enum Amount {
     Number(u64),
     Text(String),
 }
@@ -145,7 +150,7 @@ pub(crate) enum PodSpecError {
     Value { field: String, sentence: String },
 }
 
-fn value(field: impl Into<String>, sentence: impl Into<String>) -> PodSpecError {
+pub(super) fn value(field: impl Into<String>, sentence: impl Into<String>) -> PodSpecError {
     PodSpecError::Value {
         field: field.into(),
         sentence: sentence.into(),
@@ -171,19 +176,22 @@ pub(crate) fn parse(text: &str) -> Result<Pod, PodSpecError> {
         return Err(value("spec.containers", "a pod needs a container"));
     }
     check_name("metadata.name", &pod.metadata.name)?;
+    pod_volumes::check_volumes(&pod.spec.volumes)?;
     for (index, container) in pod.spec.containers.iter().enumerate() {
-        let field = format!("spec.containers[{index}].name");
-        check_name(&field, &container.name)?;
+        let field = format!("spec.containers[{index}]");
+        check_name(&format!("{field}.name"), &container.name)?;
         let same = |other: &&Container| other.name == container.name;
         if pod.spec.containers.iter().filter(same).count() > 1 {
-            return Err(value(field, "two containers have this name"));
+            let sentence = "two containers have this name";
+            return Err(value(format!("{field}.name"), sentence));
         }
+        pod_volumes::check(&pod.spec.volumes, &container.volume_mounts, &field)?;
     }
     Ok(pod)
 }
 
 /// A DNS label (RFC 1123), as Kubernetes wants names to be.
-fn check_name(field: &str, name: &str) -> Result<(), PodSpecError> {
+pub(super) fn check_name(field: &str, name: &str) -> Result<(), PodSpecError> {
     let is_inner = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-';
     let good = (1..=63).contains(&name.len())
         && name.bytes().all(is_inner)
@@ -193,7 +201,32 @@ fn check_name(field: &str, name: &str) -> Result<(), PodSpecError> {
     good.then_some(()).ok_or_else(|| value(field, sentence))
 }
 
+impl Spec {
+    /// The volumes; an emptyDir on a disk without a limit has `disk_size` bytes.
+    pub(crate) fn volumes(&self, disk_size: u64) -> Result<Vec<Wanted>, PodSpecError> {
+        pod_volumes::wanted(&self.volumes, disk_size)
+    }
+
+    /// Refuses what a pod without a network cannot have.
+    pub(crate) fn check_without_network(&self) -> Result<(), PodSpecError> {
+        pod_volumes::check_without_network(&self.volumes)
+    }
+}
+
 impl Container {
+    /// Where it has volumes, in the order in which they are mounted: what is below another after it.
+    pub(crate) fn mounts(&self) -> Vec<MountSpec> {
+        let mut mounts: Vec<_> = self.volume_mounts.iter().map(VolumeMount::spec).collect();
+        mounts.sort_by_key(|mount| {
+            mount
+                .path
+                .split('/')
+                .filter(|part| !part.is_empty())
+                .count()
+        });
+        mounts
+    }
+
     /// What runs, over what the image says: `command` replaces the entrypoint, `args` its command.
     pub(crate) fn options(&self) -> (Vec<String>, ProcessOptions) {
         let context = &self.security_context;
@@ -236,7 +269,7 @@ impl Container {
     }
 }
 
-fn bytes(amount: &Amount) -> Option<u64> {
+pub(super) fn bytes(amount: &Amount) -> Option<u64> {
     let text = match amount {
         Amount::Number(number) => return Some(*number),
         Amount::Text(text) => text,

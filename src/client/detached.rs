@@ -48,7 +48,8 @@ pub enum DetachedError {
 }
 
 impl Detached {
-    /// Starts a pod whose `request.disks` are two for each container of `request.guest`, in order.
+    /// Starts a pod whose `request.disks` are two for each container of `request.guest`, in order, and then those of
+    /// its volumes.
     ///
     /// # Errors
     /// Anything on the host's side; nothing is left behind.

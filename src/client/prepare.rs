@@ -1,12 +1,13 @@
 //! A pod that is about to be started: its directory, its API's socket, and what its process is told.
 #![forbid(unsafe_code)]
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 
-use cube_guest::POD_SPEC_PATH;
+use cube_guest::{POD_SPEC_PATH, VolumeSource, VolumeSpec};
 
 use super::api::PodApi;
 use super::pod::{PodError, PodLink, PodNet, PodRequest};
@@ -83,6 +84,7 @@ impl Prepared {
             api_fd: listener.as_raw_fd(),
             network_lock_fd: network_lock.as_ref().map(AsRawFd::as_raw_fd),
             containers: containers.collect(),
+            volume_slots: volume_slots(&request),
             guest: request.guest.clone(),
         };
         let api = PodApi::of(base, &request.id);
@@ -119,6 +121,20 @@ impl Prepared {
         drop((self.lock, self.listener, self.network_lock));
         Ok((started, self.directory, self.api))
     }
+}
+
+/// The slot of each volume that is on a disk: a disk's place among the disks.
+fn volume_slots(request: &PodRequest) -> BTreeMap<String, u16> {
+    let serials: BTreeMap<&str, u16> = (request.disks.iter().zip(0..))
+        .map(|(disk, slot)| (disk.serial.as_str(), slot))
+        .collect();
+    let of = |volume: &VolumeSpec| match &volume.source {
+        VolumeSource::Disk { serial, .. } => {
+            Some((volume.name.clone(), *serials.get(serial.as_str())?))
+        }
+        _ => None,
+    };
+    request.guest.volumes.iter().filter_map(of).collect()
 }
 
 fn machine_spec(

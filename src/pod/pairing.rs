@@ -2,6 +2,9 @@
 //!
 //! Anything in the guest can dial the stream port. A stream counts only if it begins with a token
 //! that the host drew for this pod and that was not used before; all others are dropped.
+//!
+//! A stream whose process has ended is waited for until a deadline, and then is one that ended without a byte: the
+//! guest may have failed to dial it, and whoever waits for its end waits for nothing.
 #![forbid(unsafe_code)]
 #![cfg_attr(
     not(test),
@@ -14,9 +17,10 @@
     )
 )]
 
-use std::collections::{BTreeSet, VecDeque};
+use std::collections::{BTreeMap, VecDeque};
 use std::io::{self, Read};
 use std::os::unix::net::UnixStream;
+use std::time::Instant;
 
 use rustix::rand::{GetRandomFlags, getrandom};
 
@@ -71,14 +75,27 @@ impl Nameless {
 /// The tokens expected and the connections that have not shown theirs.
 #[derive(Debug, Default)]
 pub(crate) struct Pairing {
-    expected: BTreeSet<u64>,
+    /// With the time until which it is waited for, if there is one.
+    expected: BTreeMap<u64, Option<Instant>>,
     nameless: VecDeque<Nameless>,
 }
 
 impl Pairing {
     /// A stream with `token` will come, once.
     pub(crate) fn expect(&mut self, token: u64) {
-        self.expected.insert(token);
+        self.expected.insert(token, None);
+    }
+
+    /// The stream with `token`, if it has not come, comes until `by` or not at all.
+    pub(crate) fn expect_until(&mut self, token: u64, by: Instant) {
+        if let Some(until) = self.expected.get_mut(&token) {
+            *until = Some(by);
+        }
+    }
+
+    /// When the first stream is overdue.
+    pub(crate) fn deadline(&self) -> Option<Instant> {
+        self.expected.values().flatten().min().copied()
     }
 
     /// No stream with `token` will come.
@@ -105,27 +122,42 @@ impl Pairing {
         self.nameless.iter().map(|nameless| &nameless.stream)
     }
 
-    /// Reads what arrived; returns the streams whose token was expected, in blocking mode.
-    pub(crate) fn turn(&mut self) -> io::Result<Vec<(u64, UnixStream)>> {
+    /// Reads what arrived; returns the streams whose token was expected, in blocking mode, and for each that is
+    /// overdue `now` one that has ended.
+    pub(crate) fn turn(&mut self, now: Instant) -> io::Result<Vec<(u64, UnixStream)>> {
         let mut paired = Vec::new();
         for mut nameless in std::mem::take(&mut self.nameless) {
             match nameless.read_token() {
                 Named::NotYet => self.nameless.push_back(nameless),
-                Named::Token(token) if self.expected.remove(&token) => {
+                Named::Token(token) if self.expected.remove(&token).is_some() => {
                     nameless.stream.set_nonblocking(false)?;
                     paired.push((token, nameless.stream));
                 }
                 Named::Token(_) | Named::Ended => {}
             }
         }
+        self.give_up(now, &mut paired)?;
         Ok(paired)
+    }
+
+    fn give_up(&mut self, now: Instant, paired: &mut Vec<(u64, UnixStream)>) -> io::Result<()> {
+        let is_late = |until: &Option<Instant>| until.is_some_and(|until| until <= now);
+        let late = self.expected.iter().filter(|(_, until)| is_late(until));
+        for token in late.map(|(token, _)| *token).collect::<Vec<_>>() {
+            let (ended, _) = UnixStream::pair()?;
+            self.expected.remove(&token);
+            paired.push((token, ended));
+        }
+        Ok(())
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::collections::BTreeSet;
     use std::io::Write;
+    use std::time::Duration;
 
     fn pairing(tokens: &[u64]) -> Pairing {
         let mut pairing = Pairing::default();
@@ -144,10 +176,10 @@ mod tests {
         let mut pairing = pairing(&[7]);
         let mut guest = dial(&mut pairing);
         guest.write_all(&7_u64.to_le_bytes()[..3]).unwrap();
-        assert!(pairing.turn().unwrap().is_empty());
+        assert!(pairing.turn(Instant::now()).unwrap().is_empty());
         guest.write_all(&7_u64.to_le_bytes()[3..]).unwrap();
         guest.write_all(b"data").unwrap();
-        let (token, mut stream) = pairing.turn().unwrap().pop().unwrap();
+        let (token, mut stream) = pairing.turn(Instant::now()).unwrap().pop().unwrap();
         let mut data = [0; 4];
         stream.read_exact(&mut data).unwrap();
         assert_eq!((token, &data), (7, b"data"));
@@ -159,7 +191,7 @@ mod tests {
         for (token, paired) in [(8_u64, 0), (7, 1), (7, 0)] {
             let mut guest = dial(&mut pairing);
             guest.write_all(&token.to_le_bytes()).unwrap();
-            let streams = pairing.turn().unwrap();
+            let streams = pairing.turn(Instant::now()).unwrap();
             assert_eq!(streams.len(), paired, "token {token}");
             drop(streams);
             assert_eq!(guest.read(&mut [0]).unwrap(), 0, "the host closed it");
@@ -172,10 +204,10 @@ mod tests {
         let silent: Vec<UnixStream> = (0..200).map(|_| dial(&mut pairing)).collect();
         let mut guest = dial(&mut pairing);
         guest.write_all(&7_u64.to_le_bytes()).unwrap();
-        assert_eq!(pairing.turn().unwrap().len(), 1);
+        assert_eq!(pairing.turn(Instant::now()).unwrap().len(), 1);
         assert!(pairing.waiting().count() <= MAX_NAMELESS);
         drop(silent);
-        assert!(pairing.turn().unwrap().is_empty());
+        assert!(pairing.turn(Instant::now()).unwrap().is_empty());
         assert_eq!(pairing.waiting().count(), 0, "closed ones are forgotten");
     }
 
@@ -184,11 +216,44 @@ mod tests {
         let tokens: Vec<u64> = (0..150).collect();
         let mut pairing = pairing(&tokens);
         let mut guests: Vec<UnixStream> = tokens.iter().map(|_| dial(&mut pairing)).collect();
-        assert!(pairing.turn().unwrap().is_empty());
+        assert!(pairing.turn(Instant::now()).unwrap().is_empty());
         for (guest, token) in guests.iter_mut().zip(&tokens) {
             guest.write_all(&token.to_le_bytes()).unwrap();
         }
-        assert_eq!(pairing.turn().unwrap().len(), tokens.len());
+        assert_eq!(pairing.turn(Instant::now()).unwrap().len(), tokens.len());
+    }
+
+    #[test]
+    fn what_is_overdue_is_a_stream_that_has_ended_and_does_not_come_any_more() {
+        let mut pairing = pairing(&[7, 8]);
+        let by = Instant::now();
+        pairing.expect_until(7, by);
+        pairing.expect_until(9, by);
+        assert_eq!(pairing.deadline(), Some(by));
+        assert!(
+            pairing
+                .turn(by - Duration::from_millis(1))
+                .unwrap()
+                .is_empty()
+        );
+        let (token, mut stream) = pairing.turn(by).unwrap().pop().unwrap();
+        assert_eq!((token, stream.read(&mut [0]).unwrap()), (7, 0));
+        assert_eq!(pairing.deadline(), None);
+        let mut guest = dial(&mut pairing);
+        guest.write_all(&7_u64.to_le_bytes()).unwrap();
+        assert!(pairing.turn(by).unwrap().is_empty());
+    }
+
+    #[test]
+    fn what_comes_in_time_is_not_overdue() {
+        let mut pairing = pairing(&[7]);
+        let by = Instant::now();
+        pairing.expect_until(7, by);
+        let mut guest = dial(&mut pairing);
+        guest.write_all(&7_u64.to_le_bytes()).unwrap();
+        guest.write_all(b"x").unwrap();
+        let (_, mut stream) = pairing.turn(by).unwrap().pop().unwrap();
+        assert_eq!(stream.read(&mut [0]).unwrap(), 1);
     }
 
     #[test]

@@ -28,10 +28,11 @@
     )
 )]
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
+use std::time::{Duration, Instant};
 
 use cube_guest::frame::FrameError;
 use cube_guest::{
@@ -45,6 +46,10 @@ use super::pairing::Pairing;
 
 /// Reads from the control connection per turn; the rest waits for the next.
 const MAX_READS: usize = 8;
+
+/// So long a stream is waited for after its process has ended, or after the guest has said that it comes. The agent
+/// dials before the one and at once after the other, so it is on its way, or it was lost.
+const STREAM_PATIENCE: Duration = Duration::from_secs(10);
 
 /// Why the session ended.
 #[derive(Debug, thiserror::Error)]
@@ -108,7 +113,7 @@ pub enum SessionEvent {
         /// How; the reason in it is the guest's text, made printable.
         status: ExitStatus,
     },
-    /// A stdio stream, in blocking mode.
+    /// A stdio stream, in blocking mode; one that did not come long after its process's end has ended.
     Stream {
         /// The token that the specification gave it.
         token: u64,
@@ -153,6 +158,14 @@ enum Phase {
     Exited,
 }
 
+/// A container.
+#[derive(Debug)]
+struct Known {
+    phase: Phase,
+    /// Of its streams.
+    tokens: Vec<u64>,
+}
+
 /// The session. See the module's description.
 #[derive(Debug)]
 pub struct Session {
@@ -160,10 +173,12 @@ pub struct Session {
     control: Option<UnixStream>,
     incoming: FrameReader,
     outgoing: FrameWriter,
-    containers: BTreeMap<String, Phase>,
-    /// Execs that have not ended.
-    execs: BTreeSet<String>,
+    containers: BTreeMap<String, Known>,
+    /// Execs that have not ended, with the tokens of their streams.
+    execs: BTreeMap<String, Vec<u64>>,
     pairing: Pairing,
+    /// [`STREAM_PATIENCE`], but for tests.
+    pub(super) stream_patience: Duration,
     next_id: u64,
     unanswered: BTreeMap<u64, Expects>,
 }
@@ -206,24 +221,43 @@ impl Session {
             incoming: FrameReader::default(),
             outgoing: FrameWriter::default(),
             containers: BTreeMap::new(),
-            execs: BTreeSet::new(),
+            execs: BTreeMap::new(),
             pairing: Pairing::default(),
+            stream_patience: STREAM_PATIENCE,
             next_id: 1,
             unanswered: BTreeMap::new(),
         };
         for container in &spec.containers {
-            session.expect_container(&container.id, &container.process.stdio);
+            let tokens = tokens(&container.process.stdio);
+            session.expect_container(&container.id, tokens);
         }
         session
     }
 
-    fn expect_container(&mut self, id: &str, stdio: &Stdio) {
-        self.containers.insert(id.to_owned(), Phase::Starting);
-        self.expect_streams(&tokens(stdio));
+    fn expect_container(&mut self, id: &str, tokens: Vec<u64>) {
+        self.expect_streams(&tokens);
+        let phase = Phase::Starting;
+        self.containers
+            .insert(id.to_owned(), Known { phase, tokens });
     }
 
     fn expect_streams(&mut self, tokens: &[u64]) {
         tokens.iter().for_each(|token| self.pairing.expect(*token));
+    }
+
+    /// What has not come of these streams is on its way, or lost.
+    fn await_streams(&mut self, tokens: &[u64]) {
+        let Some(by) = Instant::now().checked_add(self.stream_patience) else {
+            return;
+        };
+        for token in tokens {
+            self.pairing.expect_until(*token, by);
+        }
+    }
+
+    /// When [`Session::turn`] has something to do though nothing is ready.
+    pub fn deadline(&self) -> Option<Instant> {
+        self.pairing.deadline()
     }
 
     fn answered(&mut self, expects: Expects, done: bool) {
@@ -234,6 +268,7 @@ impl Session {
                 }
                 return;
             }
+            Expects::Streams(tokens) if done => return self.await_streams(&tokens),
             _ if done => return,
             Expects::Start(container, tokens) => {
                 self.containers.remove(&container);
@@ -302,11 +337,10 @@ impl Session {
         self.next_id = self.next_id.wrapping_add(1);
         match &expects {
             Expects::Start(container, tokens) => {
-                self.containers.insert(container.clone(), Phase::Starting);
-                self.expect_streams(tokens);
+                self.expect_container(container, tokens.clone());
             }
             Expects::Exec(exec, tokens) => {
-                self.execs.insert(exec.clone());
+                self.execs.insert(exec.clone(), tokens.clone());
                 self.expect_streams(tokens);
             }
             Expects::Streams(tokens) => self.expect_streams(tokens),
@@ -322,7 +356,7 @@ impl Session {
     /// # Errors
     /// The session is over; the machine should be ended.
     pub fn turn(&mut self, events: &mut Vec<SessionEvent>) -> Result<(), SessionError> {
-        for (token, stream) in self.pairing.turn()? {
+        for (token, stream) in self.pairing.turn(Instant::now())? {
             events.push(SessionEvent::Stream { token, stream });
         }
         self.flush()?;
@@ -362,7 +396,7 @@ impl Session {
     fn end(&mut self, events: &mut Vec<SessionEvent>) -> Result<(), SessionError> {
         self.control = None;
         self.state = State::Closed;
-        let all_ended = self.containers.values().all(|p| *p == Phase::Exited);
+        let all_ended = self.containers.values().all(|c| c.phase == Phase::Exited);
         if self.incoming.is_mid_frame() || !all_ended {
             return Err(SessionError::ClosedEarly);
         }
@@ -400,7 +434,7 @@ impl Session {
     fn take_event(&mut self, event: GuestEvent) -> Result<SessionEvent, SessionError> {
         match event {
             GuestEvent::Failed { reason } => {
-                if self.containers.values().any(|p| *p != Phase::Starting) {
+                if self.containers.values().any(|c| c.phase != Phase::Starting) {
                     return Err(out_of_order(
                         "a failure to set up after a container's start",
                     ));
@@ -414,18 +448,22 @@ impl Session {
                 Ok(SessionEvent::Started { container })
             }
             GuestEvent::ExecExited { exec, status } => {
-                if !self.execs.remove(&exec) {
+                let Some(tokens) = self.execs.remove(&exec) else {
                     return Err(out_of_order("an end of an exec that does not run"));
-                }
+                };
+                self.await_streams(&tokens);
                 let status = printable_status(status);
                 Ok(SessionEvent::ExecExited { exec, status })
             }
-            GuestEvent::OomKilled { container } => match self.containers.get(&container) {
-                Some(Phase::Starting | Phase::Running) => Ok(SessionEvent::OomKilled { container }),
-                _ => Err(out_of_order(
-                    "the OOM killer in a container that is not live",
-                )),
-            },
+            GuestEvent::OomKilled { container } => {
+                let known = self.containers.get(&container);
+                match known.is_some_and(|known| known.phase != Phase::Exited) {
+                    true => Ok(SessionEvent::OomKilled { container }),
+                    false => Err(out_of_order(
+                        "the OOM killer in a container that is not live",
+                    )),
+                }
+            }
             GuestEvent::Exited { container, status } => {
                 self.advance(&container, Phase::Exited)?;
                 let status = printable_status(status);
@@ -435,17 +473,21 @@ impl Session {
     }
 
     fn advance(&mut self, container: &str, to: Phase) -> Result<(), SessionError> {
-        match (self.containers.get_mut(container), to) {
-            (Some(phase @ Phase::Starting), Phase::Running)
-            | (Some(phase @ (Phase::Starting | Phase::Running)), Phase::Exited) => {
-                *phase = to;
-                Ok(())
-            }
-            (Some(_), _) => Err(out_of_order("a container's event came out of order")),
-            (None, _) => Err(out_of_order(
+        let Some(known) = self.containers.get_mut(container) else {
+            return Err(out_of_order(
                 "an event of a container that is not the pod's",
-            )),
+            ));
+        };
+        match (known.phase, to) {
+            (Phase::Starting, Phase::Running)
+            | (Phase::Starting | Phase::Running, Phase::Exited) => known.phase = to,
+            _ => return Err(out_of_order("a container's event came out of order")),
         }
+        if to == Phase::Exited {
+            let tokens = std::mem::take(&mut known.tokens);
+            self.await_streams(&tokens);
+        }
+        Ok(())
     }
 }
 

@@ -90,6 +90,7 @@ mod tests {
             directory: directory.to_owned(),
             lock_fd: lock.into_raw_fd(),
             api_fd: api.into_raw_fd(),
+            volume_slots: BTreeMap::new(),
             network_lock_fd: None,
             guest: PodSpec {
                 containers: vec![container],

@@ -20,7 +20,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use cube_guest::{Answer, HostRequest, PodSpec};
+use cube_guest::{Answer, HostRequest, PodSpec, VolumeSpec};
 use rustix::event::{PollFlags, Timespec};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
@@ -72,6 +72,9 @@ pub struct PodFile {
     pub guest: PodSpec,
     /// Of each container in `guest`: the slots of its disks, and its log.
     pub containers: BTreeMap<String, FirstContainer>,
+    /// Of each volume in `guest` that is on a disk: the disk's slot.
+    #[serde(default)]
+    pub volume_slots: BTreeMap<String, u16>,
 }
 
 /// A container that starts with the pod.
@@ -173,7 +176,8 @@ impl Supervisor {
             containers.insert(spec.id.clone(), container);
         }
         let volumes = pod.guest.volumes.iter();
-        let volumes = volumes.map(|spec| (spec.name.clone(), Volume::of_the_pod(spec)));
+        let slot = |spec: &VolumeSpec| pod.volume_slots.get(&spec.name).copied();
+        let volumes = volumes.map(|spec| (spec.name.clone(), Volume::of_the_pod(spec, slot(spec))));
         let interfaces = pod.guest.network.iter().flat_map(|n| &n.interfaces);
         let addresses = interfaces.flat_map(|interface| &interface.addresses);
         Ok(Self {
@@ -202,6 +206,12 @@ impl Supervisor {
             lifetime: None,
             _locks: locks,
         })
+    }
+
+    /// Has less patience with streams that do not come.
+    #[cfg(test)]
+    pub(crate) fn set_stream_patience(&mut self, patience: Duration) {
+        self.session.stream_patience = patience;
     }
 
     /// Descriptors to poll, level-triggered.
@@ -452,7 +462,8 @@ impl Supervisor {
     }
 
     fn timeout(&self) -> Option<Timespec> {
-        let deadlines = [self.server.deadline(), self.stop_by];
+        let streams = self.session.deadline().filter(|_| self.broken.is_none());
+        let deadlines = [self.server.deadline(), self.stop_by, streams];
         let next = deadlines.into_iter().flatten().min()?;
         // A feed whose file grew between the turn and the poll is turned by what made it grow.
         Timespec::try_from(next.saturating_duration_since(Instant::now())).ok()

@@ -1,7 +1,7 @@
 //! A volume as the supervisor knows it.
 #![forbid(unsafe_code)]
 
-use cube_guest::VolumeSpec;
+use cube_guest::{VolumeSource, VolumeSpec};
 
 use super::api::volume_body::{VolumeState, VolumeStatus};
 
@@ -21,20 +21,19 @@ pub(crate) struct Volume {
 pub(crate) const BLOCK: &str = "block";
 
 impl Volume {
-    /// A volume that the pod began with.
-    pub(crate) fn of_the_pod(spec: &VolumeSpec) -> Self {
-        use cube_guest::VolumeSource;
-        let kind = match spec.source {
-            VolumeSource::Memory { .. } => "memory",
-            VolumeSource::Disk { .. } => "disk",
-            VolumeSource::Files => "files",
-            VolumeSource::Nfs { .. } => "nfs",
+    /// A volume that the pod began with, with the slot of its disk.
+    pub(crate) fn of_the_pod(spec: &VolumeSpec, slot: Option<u16>) -> Self {
+        let (kind, disk) = match &spec.source {
+            VolumeSource::Memory { .. } => ("memory", None),
+            VolumeSource::Disk { serial, .. } => ("disk", slot.zip(Some(serial.clone()))),
+            VolumeSource::Files => ("files", None),
+            VolumeSource::Nfs { .. } => ("nfs", None),
         };
         Self {
             kind,
             state: VolumeState::Ready,
             to_mount: None,
-            disk: None,
+            disk,
         }
     }
 

@@ -26,6 +26,7 @@ fn row(directory: &Path, mode: &str) -> Row {
         kernel: directory.join("none"),
         init: None,
         disk: None,
+        vsock: false,
         command_line: String::new(),
         cpus: 1,
         memory_mib: fake::MEMORY_MIB,

@@ -12,7 +12,7 @@ use cube::pod::api::body::{
 };
 use cube_guest::ProcessSpec;
 use rustix::process::{Pid, Signal};
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::fixture::{BUSYBOX, Machine, kill, machine, text};
 
@@ -42,8 +42,12 @@ pub(crate) fn started(machine: Machine, options: &[&str], scripts: &[&str]) -> B
         .enumerate()
         .map(|(n, script)| json!({"name": format!("c{n}"), "image": BUSYBOX, "command": ["sh", "-c", script]}))
         .collect();
-    let spec = json!({"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "p"},
-        "spec": {"containers": containers}});
+    specified(machine, options, &json!({ "containers": containers }))
+}
+
+/// The same with a `spec` of one's own.
+pub(crate) fn specified(machine: Machine, options: &[&str], spec: &Value) -> Background {
+    let spec = json!({"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "p"}, "spec": spec});
     let path = machine.run_directory().join(".spec.yaml");
     std::fs::write(&path, spec.to_string()).unwrap();
     let path = path.to_str().unwrap();

@@ -7,7 +7,7 @@ use cube::pod::api::body::{CreateExec, ExecCreated, Exit, Stats};
 
 use crate::background::{Background, background, process};
 
-/// Cycles in the suite; the soak sets `CUBE_E2E_CYCLES`, such as 3000.
+/// Cycles in the suite; `cargo xtask soak` sets `CUBE_E2E_CYCLES`.
 const CYCLES: usize = 300;
 /// Before these everything has its size: buffers, the allocators' pools, the guest's caches.
 const WARM_UP: usize = 40;
@@ -64,7 +64,13 @@ fn many_cycles_of_containers_leave_nothing_in_the_pod() {
     let pod = background(&["sleep 1000000"]);
     (0..WARM_UP).for_each(|round| pod.cycle(round));
     let before = pod.footprint();
-    (0..cycles).for_each(|round| pod.cycle(round));
+    for round in 0..cycles {
+        pod.cycle(round);
+        // For the soak, which shows it.
+        if (round + 1) % 100 == 0 {
+            eprintln!("  {} of {cycles} cycles", round + 1);
+        }
+    }
     let after = pod.settled(&before);
     let said = format!("before {before:?}, after {cycles} cycles {after:?}");
     eprintln!("{said}");

@@ -11,7 +11,7 @@ use sha2::Digest;
 use crate::fixture::{Machine, Running, machine, text, wait_for_end};
 
 /// A place whose pods are on a network, by the configuration that Cube brings.
-fn networked() -> Machine {
+pub(crate) fn networked() -> Machine {
     machine()
         .with("CUBE_NET", "cni")
         .with("NETCONFPATH", "/nonexistent")
@@ -39,7 +39,7 @@ fn server<'a>(machine: &'a Machine, options: &[&str]) -> (Running<'a>, String, S
     (pod, v4, v6)
 }
 
-fn assert_no_network_left(machine: &Machine) {
+pub(crate) fn assert_no_network_left(machine: &Machine) {
     let listed = machine.command(&["net", "ls", "--json"]).output().unwrap();
     assert_eq!(text(&listed.stdout), "[]\n", "{}", text(&listed.stderr));
 }

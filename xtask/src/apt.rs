@@ -38,6 +38,8 @@ pub(crate) const BENCH: &[&str] = &[
 pub(crate) const BENCH_NET: &[&str] = &["iperf3", "iproute2", "iputils-ping"];
 /// To make pod networks, and to look at them in tests.
 pub(crate) const NETWORKS: &[&str] = &["containernetworking-plugins", "iproute2", "iptables"];
+/// To serve NFS to a pod in a test: an NFS server that needs nothing of the kernel.
+pub(crate) const NFS: &[&str] = &["nfs-ganesha", "nfs-ganesha-vfs"];
 /// To make images and to check what Cube made of them.
 pub(crate) const IMAGES: &[&str] = &["umoci", "erofs-utils", "e2fsprogs"];
 

@@ -37,6 +37,7 @@ const TIMEOUT: Duration = Duration::from_secs(40 * 60);
   cargo xtask bench --other-kernel ci-guest           a second kernel beside the slim one
   cargo xtask bench --at-once 1,10,50 --fill 1024     many at once
   cargo xtask bench --net                             throughput and latency of the network too
+  cargo xtask bench --streams 1024 --testbed-rounds 1  what goes through an exec and comes back
   cargo xtask bench --budget                          hold resources/budget.toml against this machine")]
 pub(crate) struct Options {
     /// Hold every promised number that can be measured here against resources/budget.toml; fail if one is broken
@@ -63,6 +64,9 @@ pub(crate) struct Options {
     /// Also measure the throughput of disks and streams
     #[arg(long)]
     throughput: bool,
+    /// Also send that many MiB through an exec and back, and through the vsock sockets of VMMs
+    #[arg(long, value_name = "MIB")]
+    streams: Option<u32>,
     /// Also start that many at once
     #[arg(long, value_name = "N,…")]
     at_once: Option<String>,
@@ -179,6 +183,7 @@ pub(crate) fn bytes_and_counts(parts: &Parts<'_>) -> Result<bool> {
         deadline: 120,
         other_kernel: None,
         throughput: false,
+        streams: None,
         at_once: None,
         fill: None,
         output: None,
@@ -288,6 +293,9 @@ impl Parts<'_> {
         }
         if options.throughput {
             words.push("--throughput".into());
+        }
+        if let Some(mib) = options.streams {
+            words.extend(["--streams".into(), mib.to_string().into()]);
         }
         if let Some(numbers) = &options.at_once {
             words.extend(["--at-once".into(), numbers.into()]);

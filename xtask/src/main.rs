@@ -19,6 +19,7 @@ mod probe;
 mod progress;
 mod run;
 mod setup;
+mod soak;
 mod steps;
 mod test;
 mod testbed;
@@ -47,6 +48,8 @@ enum Command {
     Demo(demo::Options),
     /// Set up, build, check and run every test, those with real guests too
     Test(test::Options),
+    /// Make and remove containers in one pod for long: nothing may grow
+    Soak(soak::Options),
     /// Measure start-up time and memory, VMM against VMM, or hold the promised numbers against this machine
     Bench(bench::Options),
     /// Install what building and testing need (as root), or list it
@@ -65,6 +68,7 @@ fn main() -> ExitCode {
     let outcome = match Cli::parse().command {
         Command::Demo(options) => demo::run(&options),
         Command::Test(options) => test::run(&options),
+        Command::Soak(options) => soak::run(&options),
         Command::Bench(options) => bench::run(&options),
         Command::Setup(options) => setup::run(&options),
         Command::Kernel(options) => kernel::run(&options),

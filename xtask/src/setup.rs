@@ -42,7 +42,13 @@ pub(crate) fn install(steps: &mut Steps) -> Result<()> {
 
 /// What this machine needs; the testbed's only where KVM cannot run a guest.
 fn packages() -> Vec<&'static [&'static str]> {
-    let mut lists = vec![apt::BUILD, apt::KERNEL, apt::IMAGES, apt::NETWORKS];
+    let mut lists = vec![
+        apt::BUILD,
+        apt::KERNEL,
+        apt::IMAGES,
+        apt::NETWORKS,
+        apt::NFS,
+    ];
     if !doctor::kvm_runs_linux() {
         lists.push(apt::TESTBED);
     }

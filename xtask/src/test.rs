@@ -3,7 +3,7 @@
 #![forbid(unsafe_code)]
 
 mod count;
-mod guests;
+pub(crate) mod guests;
 
 use std::ffi::OsString;
 use std::io::Write;
@@ -38,7 +38,7 @@ pub(crate) struct Options {
 }
 
 /// What guests are made of; the end-to-end tests find it in their environment.
-struct Parts {
+pub(crate) struct Parts {
     cube: PathBuf,
     kernel: PathBuf,
     init: PathBuf,
@@ -104,7 +104,7 @@ fn noted(counts: Counts) -> (Counts, Outcome) {
 }
 
 impl Parts {
-    fn make(steps: &mut Steps, direct: bool) -> Result<Self> {
+    pub(crate) fn make(steps: &mut Steps, direct: bool) -> Result<Self> {
         let kernel = kernel::step(steps, "cube")?;
         let outer = if direct {
             None

@@ -15,6 +15,7 @@ use cube_guest::{HostRequest, PodSpec, ProcessSpec, VolumeSource, VolumeSpec};
 use serde_json::{Value, json};
 
 mod fake_agent;
+mod lost;
 mod no_log;
 mod volumes;
 
@@ -108,6 +109,10 @@ fn pod_spec() -> PodSpec {
 
 impl TestPod {
     fn start() -> Self {
+        Self::with(|_| {})
+    }
+
+    fn with(change: impl FnOnce(&mut Supervisor)) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("p");
         std::fs::create_dir(&path).unwrap();
@@ -121,8 +126,10 @@ impl TestPod {
             network_lock_fd: None,
             guest: pod_spec(),
             containers: BTreeMap::new(),
+            volume_slots: BTreeMap::new(),
         };
         let mut supervisor = Supervisor::new(pod, Vec::new(), api).unwrap();
+        change(&mut supervisor);
         let (over, slots) = (Arc::new(AtomicBool::new(false)), Arc::<Counted>::default());
         let (seen, machine) = (over.clone(), slots.clone());
         let supervisor = thread::spawn(move || {

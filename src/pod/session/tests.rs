@@ -415,3 +415,41 @@ fn the_oom_killer_is_heard_of_while_the_container_lives_and_no_longer() {
     pair.say(&oom("c"));
     assert!(matches!(pair.turn(), Err(SessionError::OutOfOrder(_))));
 }
+
+#[test]
+fn a_stream_that_does_not_come_after_its_processs_end_has_ended() {
+    let mut pair = Pair::ready();
+    pair.session.stream_patience = Duration::ZERO;
+    pair.say(&started("c"));
+    let _stderr = pair.dial(STDERR);
+    assert_eq!(pair.turn().unwrap().len(), 2);
+    assert_eq!(pair.session.deadline(), None, "its process may live long");
+    pair.say(&exited("c", 0));
+    assert_eq!(pair.turn().unwrap().len(), 1);
+    assert!(pair.session.deadline().is_some());
+    let mut events = pair.turn().unwrap();
+    let Some(SessionEvent::Stream { token, mut stream }) = events.pop() else {
+        panic!("{events:?}");
+    };
+    assert_eq!((token, stream.read(&mut [0]).unwrap()), (STDOUT, 0));
+    assert_eq!(pair.session.deadline(), None);
+}
+
+#[test]
+fn a_stream_that_was_promised_and_does_not_come_has_ended() {
+    let mut pair = Pair::ready();
+    pair.session.stream_patience = Duration::ZERO;
+    let forward = HostRequest::Forward { port: 80, token: 7 };
+    let id = pair.session.request(forward).unwrap();
+    assert!(pair.turn().unwrap().is_empty());
+    let result = Ok(Answer::Done);
+    pair.say(&GuestMessage::Reply { id, result });
+    assert!(matches!(
+        &pair.turn().unwrap()[..],
+        [SessionEvent::Reply { .. }]
+    ));
+    assert!(matches!(
+        &pair.turn().unwrap()[..],
+        [SessionEvent::Stream { token: 7, .. }]
+    ));
+}

@@ -100,18 +100,20 @@ const PROMISES: &[Promise] = &[
     ),
     anywhere("overhead.threads", Guests(POD, "threads")),
     here("overhead.binary_mib", Native("cube-vmm", "binary_mib")),
-    here("guest.touched_mib", Guests(POD, "guest_touched_mib")),
+    anywhere("guest.touched_mib", Guests(POD, "guest_touched_mib")),
     anywhere("guest.exits_until_hello", Guests("cube run", "hello_exits")),
     anywhere(
         "guest.exits_console_off_to_on",
         Within("cube run", ["hello_exits", "hello_console_exits"]),
     ),
     anywhere("pod.idle_mib", Guests(POD, "cgroup_mib")),
-    anywhere("reached.overhead_pss_mib", Guests(POD, "overhead_pss_mib")),
-    anywhere(
-        "reached.guest_touched_mib",
-        Guests(POD, "guest_touched_mib"),
+    anywhere("pod.container_kib", Guests(POD, "container_kib")),
+    here(
+        "streams.ratio_to_firecracker",
+        Ratio(false, "echo_ms_per_gib", [POD, "firecracker"]),
     ),
+    here("streams.growth_kib", Guests(POD, "echo_growth_kib")),
+    anywhere("reached.overhead_pss_mib", Guests(POD, "overhead_pss_mib")),
 ];
 
 impl Measured {

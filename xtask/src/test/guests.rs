@@ -200,6 +200,62 @@ impl Suite {
 
 /// One boot of the testbed for these tests.
 fn boot(outer: &Outer, parts: &Parts, test: &Path, names: &BTreeSet<String>) -> Result<Ran> {
+    let watched = Verdicts::default();
+    let job = job(parts, test, names)?;
+    let limits = limits(SHARE_TIMEOUT, Some(SILENCE));
+    let status = testbed::exec(outer, &limits, &job, watched.clone())?;
+    Ok((status, finished(&watched)?))
+}
+
+fn finished(watched: &Verdicts) -> Result<BTreeMap<String, bool>> {
+    let verdicts = watched.finish();
+    verdicts.doing("write to", Path::new("standard output"))
+}
+
+fn limits(timeout: Duration, silence: Option<Duration>) -> Limits {
+    Limits {
+        timeout,
+        silence,
+        memory_mib: 6144,
+        // With more, guests on several of its processors at a time, the outer machine dies, or hangs, in most runs.
+        cpus: 1,
+    }
+}
+
+/// Runs one test alone, once, with what it says shown and `variable` set: whether it passed. `timeout` is for the
+/// testbed.
+pub(crate) fn alone(
+    parts: &Parts,
+    name: &str,
+    (variable, value): (&str, String),
+    timeout: Duration,
+) -> Result<bool> {
+    let test = binaries::end_to_end_test()?;
+    let Some(outer) = &parts.outer else {
+        let scratch = tempfile::tempdir().doing("create a directory in", &std::env::temp_dir())?;
+        let mut command = Command::new(&test);
+        command
+            .args(["--exact", "--nocapture", name])
+            .current_dir(binaries::root())
+            .envs(parts.variables())
+            .env(variable, value)
+            .env("TMPDIR", scratch.path());
+        return Ok(counted(&mut command)? == Counts::new(1, 0));
+    };
+    let watched = Verdicts::default();
+    let words = [name, "--nocapture"].map(str::to_owned);
+    let job = job(parts, &test, &words.into())?.variable(variable, value);
+    // What it says goes to standard error, and it is the other that the silence is of.
+    match testbed::exec(outer, &limits(timeout, None), &job, watched.clone())? {
+        0 => Ok(finished(&watched)?.get(name) == Some(&true)),
+        DIED => Err(Error::Said(
+            "the testbed died before the test had ended: run it again".into(),
+        )),
+        _ => Ok(false),
+    }
+}
+
+fn job(parts: &Parts, test: &Path, names: &BTreeSet<String>) -> Result<Job> {
     let mut words: Vec<OsString> = vec![test.into(), "--exact".into()];
     words.push("--test-threads=1".into());
     words.extend(names.iter().map(Into::into));
@@ -207,19 +263,7 @@ fn boot(outer: &Outer, parts: &Parts, test: &Path, names: &BTreeSet<String>) -> 
     for (name, value) in parts.variables() {
         job = job.variable(name, value);
     }
-    let limits = Limits {
-        timeout: SHARE_TIMEOUT,
-        silence: Some(SILENCE),
-        memory_mib: 6144,
-        // With more, guests on several of its processors at a time, the outer machine dies, or hangs, in most runs.
-        cpus: 1,
-    };
-    let watched = Verdicts::default();
-    let status = testbed::exec(outer, &limits, &job, watched.clone())?;
-    let verdicts = watched
-        .finish()
-        .doing("write to", Path::new("standard output"))?;
-    Ok((status, verdicts))
+    Ok(job)
 }
 
 fn joined(names: &BTreeSet<String>) -> String {

@@ -32,6 +32,10 @@ fn dial(vsock: &Path, token: u64) -> UnixStream {
 
 /// What the agent does with a process: its first word.
 fn process(process: &ProcessSpec, vsock: &Path) -> (ExitStatus, Vec<UnixStream>) {
+    if process.argv[0] == "mute" {
+        // Its streams are lost.
+        return (ExitStatus::Code(3), Vec::new());
+    }
     let Stdio::Pipes {
         stdin,
         stdout,
@@ -59,6 +63,13 @@ fn process(process: &ProcessSpec, vsock: &Path) -> (ExitStatus, Vec<UnixStream>)
         }
     }
     (ExitStatus::Code(3), open)
+}
+
+/// The same process, which says its second word.
+fn said(process: &ProcessSpec) -> ProcessSpec {
+    let mut process = process.clone();
+    process.argv[0] = "say".to_owned();
+    process
 }
 
 struct FakeAgent {
@@ -122,12 +133,7 @@ impl FakeAgent {
                 ..
             } => {
                 self.reply(id, Ok(Answer::Done));
-                let (control, vsock) = (self.control.clone(), self.vsock.clone());
-                thread::spawn(move || {
-                    let (status, _) = process(&what, &vsock);
-                    let ended = GuestMessage::Event(GuestEvent::ExecExited { exec, status });
-                    frame::write(&mut *control.lock().unwrap(), &ended).unwrap();
-                });
+                self.exec(exec, what);
             }
             HostRequest::Signal {
                 process: ProcessId::Container(container),
@@ -161,6 +167,7 @@ impl FakeAgent {
                     .write_all(&CONTENT[from..])
                     .unwrap();
             }
+            HostRequest::Forward { port: 82, .. } => self.reply(id, Ok(Answer::Done)),
             HostRequest::Forward { port: 81, .. } => self.reply(id, Err("nobody listens".into())),
             HostRequest::Forward { token, .. } => {
                 self.reply(id, Ok(Answer::Done));
@@ -175,6 +182,21 @@ impl FakeAgent {
             HostRequest::Stats => self.reply(id, Ok(Answer::Stats(Box::new(stats())))),
             _ => self.reply(id, Ok(Answer::Done)),
         }
+    }
+
+    fn exec(&self, exec: String, what: Box<ProcessSpec>) {
+        let (control, vsock) = (self.control.clone(), self.vsock.clone());
+        thread::spawn(move || {
+            let say_the_end = |status| {
+                let ended = GuestMessage::Event(GuestEvent::ExecExited { exec, status });
+                frame::write(&mut *control.lock().unwrap(), &ended).unwrap();
+            };
+            if what.argv[0] == "late" {
+                say_the_end(ExitStatus::Code(3));
+                return drop(process(&said(&what), &vsock));
+            }
+            say_the_end(process(&what, &vsock).0);
+        });
     }
 
     fn exited(&self, container: String, status: ExitStatus) {
