@@ -67,14 +67,8 @@ impl NetBench {
                     && measures(peer.kind)
                     && row.failure.is_none()
                 {
-                    match self.turn(peer, directory)? {
-                        Ok(taken) => {
-                            for (figure, samples) in taken {
-                                row.figures.entry(figure).or_default().extend(samples);
-                            }
-                        }
-                        Err(sentence) => row.failure = Some(sentence),
-                    }
+                    let outcome = self.turn(peer, directory)?;
+                    row.take(outcome);
                 }
                 progress();
             }

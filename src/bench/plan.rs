@@ -152,6 +152,20 @@ impl Row {
         Ok(())
     }
 
+    /// Takes what came of a turn: figures, or why it is not measured any more.
+    pub(super) fn take(&mut self, outcome: Result<Figures, String>) {
+        match outcome {
+            Ok(taken) => self.add(taken),
+            Err(sentence) => self.failure = Some(sentence),
+        }
+    }
+
+    fn add(&mut self, taken: Figures) {
+        for (figure, samples) in taken {
+            self.figures.entry(figure).or_default().extend(samples);
+        }
+    }
+
     fn take_turn(&mut self, counted: bool, deadline: Duration, directory: &Path) -> io::Result<()> {
         let mut taken = Figures::new();
         let outcome = match &self.contender {
@@ -177,9 +191,7 @@ impl Row {
             self.failure = Some(error.to_string());
         }
         if counted {
-            for (name, samples) in taken {
-                self.figures.entry(name).or_default().extend(samples);
-            }
+            self.add(taken);
         }
         Ok(())
     }

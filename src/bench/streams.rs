@@ -56,14 +56,8 @@ impl StreamBench {
         for _ in 0..rounds {
             for row in &mut *rows {
                 if row.failure.is_none() {
-                    match self.turn(row, directory)? {
-                        Ok(taken) => {
-                            for (figure, samples) in taken {
-                                row.figures.entry(figure).or_default().extend(samples);
-                            }
-                        }
-                        Err(sentence) => row.failure = Some(sentence),
-                    }
+                    let outcome = self.turn(row, directory)?;
+                    row.take(outcome);
                 }
                 progress();
             }
