@@ -19,7 +19,7 @@ use serde_json::{Value, json};
 use super::exits;
 use super::measure::{self, Running};
 use super::peers::{Kind, Peer};
-use super::plan::{Contender, Figures, Row};
+use super::plan::{Contender, Figures, Row, take_turns};
 use crate::net::{namespace, tap};
 
 /// The tap, and the guest's address on it.
@@ -61,22 +61,12 @@ impl NetBench {
         directory: &Path,
         progress: &mut dyn FnMut(),
     ) -> io::Result<()> {
-        for _ in 0..rounds {
-            for row in &mut *rows {
-                if let Contender::Vmm { peer, .. } = &row.contender
-                    && measures(peer.kind)
-                    && row.failure.is_none()
-                {
-                    let outcome = self.turn(peer, directory)?;
-                    row.take(outcome);
-                }
-                progress();
-            }
-        }
-        Ok(())
+        take_turns(rows, rounds, progress, |row| match &row.contender {
+            Contender::Vmm { peer, .. } if measures(peer.kind) => self.turn(peer, directory),
+            _ => Ok(Ok(Figures::new())),
+        })
     }
 
-    /// The outer error is ours, the inner one the VMM's.
     fn turn(&self, peer: &Peer, directory: &Path) -> io::Result<Result<Figures, String>> {
         let name = format!("cube-bench-{}", std::process::id());
         namespace::create(&name).map_err(io::Error::other)?;

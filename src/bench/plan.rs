@@ -78,6 +78,28 @@ pub struct Row {
     pub contender: Contender,
 }
 
+/// Lets every row that is still measured take its turn, so many rounds, with `progress` after each. Of `turn` the outer
+/// error is ours, and the inner one the VMM's.
+pub(super) fn take_turns(
+    rows: &mut [Row],
+    rounds: u32,
+    progress: &mut dyn FnMut(),
+    turn: impl Fn(&Row) -> io::Result<Result<Figures, String>>,
+) -> io::Result<()> {
+    for _ in 0..rounds {
+        for row in &mut *rows {
+            if row.failure.is_none() {
+                match turn(row)? {
+                    Ok(taken) => row.add(taken),
+                    Err(sentence) => row.failure = Some(sentence),
+                }
+            }
+            progress();
+        }
+    }
+    Ok(())
+}
+
 /// Runs everything. `progress` is called after each turn.
 ///
 /// # Errors
@@ -150,14 +172,6 @@ impl Row {
             record(&mut self.figures, "syscalls", calls as f64);
         }
         Ok(())
-    }
-
-    /// Takes what came of a turn: figures, or why it is not measured any more.
-    pub(super) fn take(&mut self, outcome: Result<Figures, String>) {
-        match outcome {
-            Ok(taken) => self.add(taken),
-            Err(sentence) => self.failure = Some(sentence),
-        }
     }
 
     fn add(&mut self, taken: Figures) {

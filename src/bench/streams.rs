@@ -16,7 +16,7 @@ use super::background::{self, Background};
 use super::footprint;
 use super::measure;
 use super::peers::{Kind, Machine, Peer};
-use super::plan::{Contender, Figures, Row, record};
+use super::plan::{Contender, Figures, Row, record, take_turns};
 use super::pod::PodCommand;
 use crate::pod::api::body::{CreateExec, ExecCreated, Exit};
 
@@ -53,19 +53,9 @@ impl StreamBench {
         directory: &Path,
         progress: &mut dyn FnMut(),
     ) -> io::Result<()> {
-        for _ in 0..rounds {
-            for row in &mut *rows {
-                if row.failure.is_none() {
-                    let outcome = self.turn(row, directory)?;
-                    row.take(outcome);
-                }
-                progress();
-            }
-        }
-        Ok(())
+        take_turns(rows, rounds, progress, |row| self.turn(row, directory))
     }
 
-    /// The outer error is ours, the inner one the VMM's.
     fn turn(&self, row: &Row, directory: &Path) -> io::Result<Result<Figures, String>> {
         // A row of a second kernel is not measured twice.
         let is_measured = |peer: &Peer| {

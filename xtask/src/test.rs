@@ -1,5 +1,5 @@
 //! `cargo xtask test`: the set-up, every check, every test; those with real guests directly where KVM runs them, else all
-//! in one boot of the testbed.
+//! in the testbed, two at a time.
 #![forbid(unsafe_code)]
 
 mod count;
