@@ -30,7 +30,7 @@ pub fn ranges(bytes: u64) -> Vec<(u64, u64)> {
 }
 
 /// The size of a transparent huge page, and of the largest page in KVM's own tables but one.
-const HUGE_PAGE: u64 = 2 << 20;
+pub const HUGE_PAGE: u64 = 2 << 20;
 
 /// Reserves that many bytes of guest memory. `huge_pages`: whether the host may back all of it with
 /// transparent huge pages; without, what the guest touches costs what it touches.

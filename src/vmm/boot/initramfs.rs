@@ -4,13 +4,14 @@
 
 use std::collections::BTreeSet;
 use std::io::Seek;
+use std::ops::Range;
 
 use vm_memory::{Bytes, GuestAddress};
 
 use crate::vmm::boot::{BootError, length};
 use crate::vmm::files::Opened;
 use crate::vmm::layout;
-use crate::vmm::memory::GuestMemory;
+use crate::vmm::memory::{self, GuestMemory, HUGE_PAGE};
 use crate::vmm::spec::{InitramfsSpec, ValidSpec};
 
 /// `st_mode` of what the archive holds.
@@ -20,6 +21,9 @@ const PRIVATE_FILE: u32 = 0o100_600;
 /// The name that ends an archive.
 const TRAILER: &str = "TRAILER!!!";
 const PAGE: u64 = 4096;
+/// Linux's unit of its memory map on x86_64 (SECTION_SIZE_BITS in arch/x86/include/asm/sparsemem.h): the
+/// `struct page` of 64 bytes of each of its pages, together, fill one huge page.
+const SECTION: u64 = 128 << 20;
 
 /// Where the initramfs lies in guest memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -123,6 +127,9 @@ pub(super) fn load(
             });
         }
     };
+    for range in wholly_used(address, spec.memory_bytes()) {
+        memory::prefer_huge_pages(memory, range.start, range.end);
+    }
     let mut at = address;
     for (inode, member) in members.iter().enumerate() {
         let head = member.head(inode + 1);
@@ -131,6 +138,35 @@ pub(super) fn load(
         at += member.length();
     }
     Ok(Ramdisk { address, length })
+}
+
+/// Where a kernel will have written every page soon after its start, with its initramfs at `address`. It takes
+/// early memory from the top down, from directly below the initramfs or, where there is memory above 4 GiB,
+/// from the end of that: a few page tables, and then its array of page descriptors (mm/sparse-vmemmap.c), which
+/// has a huge page for each section of memory. A section that is not all there leaves its own in part untouched.
+fn wholly_used(address: u64, memory_bytes: u64) -> [Range<u64>; 2] {
+    let below_4_gib = memory_bytes.min(layout::HOLE_START);
+    let above = memory_bytes - below_4_gib;
+    let (archive, bottom, top) = if above == 0 {
+        let first_taken = huge_page_of(address);
+        (first_taken..below_4_gib, layout::HIGH_MEMORY, first_taken)
+    } else {
+        let end = layout::HOLE_END + above;
+        (
+            address..below_4_gib,
+            layout::HOLE_END,
+            huge_page_of(end - 1),
+        )
+    };
+    let Some(descriptors) = top.checked_sub(memory_bytes.div_ceil(SECTION) * HUGE_PAGE) else {
+        return [archive, 0..0];
+    };
+    let whole = descriptors + memory_bytes / SECTION * HUGE_PAGE;
+    [archive, descriptors.max(bottom)..whole.max(bottom)]
+}
+
+fn huge_page_of(address: u64) -> u64 {
+    address & !(HUGE_PAGE - 1)
 }
 
 /// The archive that holds nothing but `init` as `/init`, for a VMM that loads its initramfs from a file.

@@ -15,7 +15,7 @@ use vm_memory::{ByteValued, Bytes, GuestAddress};
 use crate::vmm::boot::{BootError, length};
 use crate::vmm::files::Opened;
 use crate::vmm::layout::{HIGH_MEMORY, IDENTITY_MAPPED};
-use crate::vmm::memory::{self, GuestMemory};
+use crate::vmm::memory::{self, GuestMemory, HUGE_PAGE};
 use crate::vmm::spec::ValidSpec;
 
 /// `e_ident[EI_CLASS]` of a 64-bit file and `e_ident[EI_DATA]` of a little-endian one (ELF specification,
@@ -50,14 +50,14 @@ pub(super) fn load(
     spec: &ValidSpec,
 ) -> Result<LoadedKernel, BootError> {
     let Image { entry, segments } = check(kernel, spec)?;
-    let (mut first, mut filled, mut end) = (u64::MAX, 0, 0);
+    let (mut first, mut end) = (u64::MAX, 0);
     for segment in &segments {
         first = first.min(segment.p_paddr);
-        filled = filled.max(segment.p_paddr + segment.p_filesz);
         end = end.max(segment.p_paddr + segment.p_memsz);
     }
-    // Gaps between segments included: they are the kernel's too.
-    memory::prefer_huge_pages(memory, first, filled);
+    // Gaps between segments included: they are the kernel's too. And the last huge page if the kernel takes most
+    // of it: the rest is the first that it hands out.
+    memory::prefer_huge_pages(memory, first, (end + HUGE_PAGE / 2) & !(HUGE_PAGE - 1));
     for segment in &segments {
         copy(memory, kernel, segment)?;
     }

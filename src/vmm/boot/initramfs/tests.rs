@@ -142,3 +142,35 @@ proptest::proptest! {
         }
     }
 }
+
+/// 128 MiB: the archive's huge page, and the descriptors below. What the guest touches does not grow by it, which
+/// the suite's budget holds.
+#[test]
+fn huge_pages_hold_the_archive_and_the_descriptors_below_it() {
+    const MIB: u64 = 1 << 20;
+    let used = |address: u64, memory| wholly_used(address * MIB, memory * MIB).map(in_mib);
+    assert_eq!(used(127, 128), [126..128, 124..126]);
+    assert_eq!(used(255, 256), [254..256, 250..254]);
+    // The descriptors of the last 64 MiB, which are half a section, come after those of the whole one.
+    assert_eq!(used(191, 192), [190..192, 186..188]);
+    assert_eq!(used(63, 64), [62..64, 60..60]);
+    // The archive lies at the end of low memory, the kernel begins at the end of all.
+    assert_eq!(used(3070, 4096), [3070..3072, 5054..5118]);
+}
+
+fn in_mib(range: Range<u64>) -> Range<u64> {
+    assert_eq!(range.start % (1 << 20), 0);
+    range.start >> 20..range.end >> 20
+}
+
+proptest::proptest! {
+    #[test]
+    fn huge_pages_are_asked_for_inside_of_memory(mib in 2u64..8192, below in 0u64..64) {
+        let low = (mib << 20).min(layout::HOLE_START);
+        let address = low.saturating_sub(below << 18) & !(PAGE - 1);
+        for range in wholly_used(address, mib << 20) {
+            let within = |(start, length): &(u64, u64)| *start <= range.start && range.end <= start + length;
+            proptest::prop_assert!(range.is_empty() || memory::ranges(mib << 20).iter().any(within), "{:?}", range);
+        }
+    }
+}
