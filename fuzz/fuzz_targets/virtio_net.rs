@@ -111,6 +111,9 @@ fuzz_target!(|input: &[u8]| {
         }
         chain.parse(&memory, queue_index, &queue, 0).unwrap();
         let _ = handler.handle(&memory, &mut chain, effects);
+        if step & 0x40 != 0 {
+            handler.served(&memory, effects).unwrap();
+        }
         let mut seen = [0; 70_000];
         while let Ok(len @ 26..) = rustix::io::read(&host, &mut seen) {
             assert_eq!(seen[0] & !1, 0);

@@ -28,6 +28,9 @@ const MAC: &str = "02:00:00:00:00:02";
 /// The host's end, and the guest's (`guest/bench-net-init`).
 const HOST: &str = "10.77.0.1/30";
 const GUEST: &str = "10.77.0.2";
+/// Seconds of load in each direction that do not count: the guest touches its buffers for the first time, and TCP
+/// finds its pace.
+const WARM_UP: &str = "1";
 /// Round trips that are measured in one turn.
 const PINGS: &str = "200";
 
@@ -161,13 +164,9 @@ impl NetBench {
         let mut figures = Figures::new();
         let mut note = |figure: String, value| figures.entry(figure).or_default().push(value);
         for (direction, more) in [("to", &[][..]), ("from", &["--reverse"])] {
+            iperf(WARM_UP, more)?;
             let before = Spent::of(running.pid());
-            let seconds = self.seconds.to_string();
-            let said = said(
-                Command::new("iperf3")
-                    .args(["--json", "--client", GUEST, "--time", &seconds])
-                    .args(more),
-            )?;
+            let said = iperf(&self.seconds.to_string(), more)?;
             let spent = Spent::of(running.pid()).since(&before);
             let (bytes, took) = received(&said)?;
             let gib = bytes / f64::from(1 << 30);
@@ -222,6 +221,13 @@ impl Spent {
             exits: self.exits.saturating_sub(before.exits),
         }
     }
+}
+
+/// Loads the guest's interface for some seconds; gives iperf3's report.
+fn iperf(seconds: &str, more: &[&str]) -> io::Result<String> {
+    let mut command = Command::new("iperf3");
+    command.args(["--json", "--client", GUEST, "--time", seconds]);
+    said(command.args(more))
 }
 
 /// Runs a program to its end; gives what it said.

@@ -209,6 +209,7 @@ mod tests {
         let expected = [
             "boot_to_init_ms.svg",
             "density.svg",
+            "net_to_ms_per_gib.svg",
             "overhead_pss_mib.svg",
             "report.html",
             "report.json",
@@ -217,7 +218,7 @@ mod tests {
         ];
         assert_eq!(names, expected);
         let page = std::fs::read_to_string(directory.path().join("report.html")).expect("a page");
-        assert_eq!(page.matches("<figure><svg").count(), 5);
+        assert_eq!(page.matches("<figure><svg").count(), 6);
         assert!(page.contains("commit abc") && page.contains("crosvm: not found"));
     }
 

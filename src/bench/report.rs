@@ -271,7 +271,7 @@ impl Report {
 
     /// Whether a figure may be shown only as a ratio.
     fn is_ratio(&self, key: &str) -> bool {
-        self.host.emulated && key.ends_with("_ms")
+        self.host.emulated && key.split('_').any(|word| word == "ms")
     }
 
     /// What a figure's values are divided by before they are shown.
@@ -412,8 +412,13 @@ pub(super) mod tests {
             ("overhead_pss_mib", &[2.5]),
             ("at_vmm_started_ms", &[1.0]),
             ("at_kernel_started_ms", &[5.0]),
+            ("net_to_ms_per_gib", &[300.0]),
         ];
-        let theirs: &[(&str, &[f64])] = &[("vmm_start_ms", &[10.0]), ("boot_to_init_ms", &[250.0])];
+        let theirs: &[(&str, &[f64])] = &[
+            ("vmm_start_ms", &[10.0]),
+            ("boot_to_init_ms", &[250.0]),
+            ("net_to_ms_per_gib", &[375.0]),
+        ];
         let mut rows = vec![row("cube-vmm", ours), row("firecracker", theirs)];
         rows.push(Row::missing("crosvm"));
         let batch = Batch {
@@ -480,6 +485,8 @@ pub(super) mod tests {
             "{table}"
         );
         assert!(table.contains("2.50"), "{table}");
+        // Of times per GiB too.
+        assert!(table.contains("1.25"), "{table}");
     }
 
     #[test]
@@ -487,7 +494,7 @@ pub(super) mod tests {
         let report = report(false);
         let old = serde_json::to_value(&report).expect("JSON");
         let changes = report.compare(&old, 0.05);
-        assert_eq!(changes.len(), 7);
+        assert_eq!(changes.len(), 9);
         assert!(
             changes
                 .iter()

@@ -15,6 +15,7 @@ mod images;
 mod import;
 mod logs;
 mod net;
+mod net_interfaces;
 mod pod;
 mod pod_net;
 mod pod_spec;

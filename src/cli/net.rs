@@ -9,6 +9,7 @@ use serde::Serialize;
 
 use super::failure::Failure;
 use super::images::print;
+use super::net_interfaces::{self, AttachArgs, DetachArgs};
 use super::pod_net::networks;
 use crate::client::base_directory;
 use crate::net::cni::result::AddResult;
@@ -16,7 +17,7 @@ use crate::net::{Networks, Record};
 
 /// Arguments of `cube net`.
 #[derive(Debug, clap::Args)]
-#[command(about = "Look at the networks of pods")]
+#[command(about = "Look at the networks of pods, attach and detach interfaces")]
 pub(crate) struct NetCommand {
     #[command(subcommand)]
     command: NetSubcommand,
@@ -25,6 +26,8 @@ pub(crate) struct NetCommand {
 #[derive(Debug, Subcommand)]
 enum NetSubcommand {
     Ls(LsArgs),
+    Attach(Box<AttachArgs>),
+    Detach(DetachArgs),
 }
 
 /// Arguments of `cube net ls`.
@@ -61,7 +64,14 @@ struct Row {
 }
 
 pub(crate) fn run(command: NetCommand) -> Result<ExitCode, Failure> {
-    let NetSubcommand::Ls(arguments) = command.command;
+    match command.command {
+        NetSubcommand::Ls(arguments) => list(&arguments),
+        NetSubcommand::Attach(arguments) => net_interfaces::attach(*arguments),
+        NetSubcommand::Detach(arguments) => net_interfaces::detach(&arguments),
+    }
+}
+
+fn list(arguments: &LsArgs) -> Result<ExitCode, Failure> {
     let networks = networks(&base_directory().map_err(Failure::new)?);
     if let Err(error) = networks.sweep() {
         eprintln!("cube: {error}");

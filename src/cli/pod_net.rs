@@ -49,6 +49,30 @@ enum Mode {
     VhostUser(PathBuf),
 }
 
+/// What an interface that is attached to a running pod is on.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Port {
+    /// A tap of the user's.
+    Tap(String),
+    /// A switch's socket.
+    VhostUser(PathBuf),
+}
+
+/// Those networks of `--net` that are a port of somebody else's.
+pub(crate) fn parse_interface_port(text: &str) -> Result<Port, String> {
+    match parse_mode(text) {
+        Ok(Mode::Tap(name)) => Ok(Port::Tap(name)),
+        Ok(Mode::VhostUser(path)) => Ok(Port::VhostUser(path)),
+        _ => Err("it is `tap=NAME` or `vhost-user=SOCKET`".to_owned()),
+    }
+}
+
+/// An address that nobody has, most likely: locally administered, of one station.
+pub(crate) fn random_mac() -> Result<MacAddress, Failure> {
+    let [.., a, b, c, d, e] = new_token().map_err(Failure::new)?.to_be_bytes();
+    Ok(MacAddress([0x02, a, b, c, d, e]))
+}
+
 fn parse_mode(text: &str) -> Result<Mode, String> {
     match text.split_once('=') {
         None if text == "none" => Ok(Mode::None),
@@ -165,12 +189,10 @@ impl PodNetwork {
 
     /// An interface that nobody here knows an address for.
     fn unconfigured(link: Link, mtu: u32) -> Result<Self, Failure> {
-        let [.., a, b, c, d, e] = new_token().map_err(Failure::new)?.to_be_bytes();
         Ok(Self {
             interface: InterfaceSpec {
                 name: INTERFACE.to_owned(),
-                // Locally administered, of one station.
-                mac: MacAddress([0x02, a, b, c, d, e]),
+                mac: random_mac()?,
                 mtu: Some(mtu),
                 addresses: Vec::new(),
                 routes: Vec::new(),
@@ -302,6 +324,10 @@ mod tests {
         assert_eq!(parse_mode("vhost-user=/run/vpp.sock"), Ok(switch));
         for wrong in ["", "tap", "tap=", "vhost-user=", "bridge", "none=1"] {
             assert!(parse_mode(wrong).is_err(), "{wrong}");
+        }
+        assert_eq!(parse_interface_port("tap=t0"), Ok(Port::Tap("t0".into())));
+        for wrong in ["none", "cni", "tap="] {
+            assert!(parse_interface_port(wrong).is_err(), "{wrong}");
         }
     }
 

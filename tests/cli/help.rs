@@ -31,6 +31,8 @@ fn assert_snapshot(name: &str, arguments: &[&str]) {
 fn help_is_as_reviewed() {
     assert_snapshot("cube", &["--help"]);
     assert_snapshot("net-ls", &["net", "ls", "--help"]);
+    assert_snapshot("net-attach", &["net", "attach", "--help"]);
+    assert_snapshot("net-detach", &["net", "detach", "--help"]);
     assert_snapshot("pod-run", &["pod", "run", "--help"]);
     for command in [
         "run",

@@ -75,9 +75,9 @@ impl QueueHandler for Echo {
 }
 
 /// A device of two queues around any handler.
-struct Device<H> {
-    handler: Option<H>,
-    queue_sizes: [u16; 2],
+pub struct Device<H> {
+    pub handler: Option<H>,
+    pub queue_sizes: [u16; 2],
 }
 
 impl<H: QueueHandler> VirtioDevice for Device<H> {

@@ -12,3 +12,4 @@ mod holding;
 mod pending;
 mod random;
 mod rings;
+mod turns;

@@ -79,6 +79,24 @@ fn the_driver_never_sees_a_part_of_a_frame() {
     });
 }
 
+/// The host's stack answers while a frame is being written to a tap: that costs the guest one interrupt, not two.
+#[test]
+fn an_answer_comes_with_the_interrupt_for_what_was_sent() {
+    let mut guest = guest_with(Options {
+        deaf: true,
+        ..Options::default()
+    });
+    guest.buffers(50, 1526);
+    guest.driver.settle();
+    guest.arrive(PLAIN, &frame(OTHER, GUEST, 60));
+    guest.driver.settle();
+    assert_eq!(guest.queues[0].used_index(), 0, "somebody told the device");
+    guest.offer(PLAIN, &frame(GUEST, OTHER, 60));
+    guest.driver.wait_interrupt();
+    assert_eq!(guest.queues[1].used_index(), 1);
+    assert_eq!(guest.queues[0].used_index(), 1);
+}
+
 #[test]
 fn frames_wait_for_buffers() {
     let mut guest = guest();

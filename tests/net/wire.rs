@@ -1,11 +1,12 @@
 //! A device on a pair of sockets: what stands for a tap, and the guest's side of it.
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::sync::{Arc, Mutex};
 
 use cube::vmm::spec::RateLimit;
 use cube::vmm::virtio::net::tap::{Link, Offloads};
 use cube::vmm::virtio::net::{Identity, Net, NetControl};
+use cube::vmm::virtio::{Activation, Active, HostError, Interest, Turn, VirtioDevice};
 use cube_guest::network::MacAddress;
 use rustix::net::{AddressFamily, SendFlags, SocketFlags, SocketType, socketpair};
 
@@ -62,8 +63,63 @@ impl Link for SocketLink {
     }
 }
 
+/// A device that nobody tells of frames on its link.
+struct Deaf(Net<SocketLink>);
+
+impl VirtioDevice for Deaf {
+    fn device_type(&self) -> u32 {
+        self.0.device_type()
+    }
+
+    fn name(&self) -> String {
+        self.0.name()
+    }
+
+    fn features(&self) -> u64 {
+        self.0.features()
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        self.0.queue_sizes()
+    }
+
+    fn read_config(&self, offset: u64, data: &mut [u8]) {
+        self.0.read_config(offset, data);
+    }
+
+    fn activate(&mut self, activation: Activation) -> Result<Box<dyn Active>, HostError> {
+        let kick = activation.kick.as_raw_fd();
+        let inner = self.0.activate(activation)?;
+        Ok(Box::new(Kicked { inner, kick }))
+    }
+
+    fn reset(&mut self, _stopped: Box<dyn Active>) {
+        unreachable!("no test resets it");
+    }
+}
+
+/// A worker half that is told of kicks and nothing else.
+struct Kicked {
+    inner: Box<dyn Active>,
+    kick: RawFd,
+}
+
+impl Active for Kicked {
+    fn interests(&self) -> Vec<Interest> {
+        let mut interests = self.inner.interests();
+        interests.retain(|interest| interest.fd == self.kick);
+        interests
+    }
+
+    fn ready(&mut self, token: u32) -> Result<Turn, HostError> {
+        self.inner.ready(token)
+    }
+}
+
 /// What a test wants other than the usual.
 pub struct Options {
+    /// Nobody tells the device of frames on its link.
+    pub deaf: bool,
     pub pairs: usize,
     pub mtu: u16,
     pub check_source: bool,
@@ -75,6 +131,7 @@ pub struct Options {
 impl Default for Options {
     fn default() -> Self {
         Self {
+            deaf: false,
             pairs: 1,
             mtu: 1500,
             check_source: false,
@@ -120,7 +177,11 @@ pub fn guest_with(options: Options) -> Guest {
     let net = Net::new(identity, link, options.limits).unwrap();
     let control = net.control();
     let mut guest = Guest {
-        driver: Driver::new(Box::new(net)),
+        driver: Driver::new(if options.deaf {
+            Box::new(Deaf(net))
+        } else {
+            Box::new(net)
+        }),
         queues: Vec::new(),
         host,
         control,

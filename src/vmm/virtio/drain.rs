@@ -15,6 +15,10 @@
 //!   any state ── ring or chain malformed ──▶ broken: NEEDS_RESET, no descriptor polled, no chain taken
 //! ```
 //!
+//! What a handler answers at once is published at once; what it completes later ([`Effects::complete`]) is put into
+//! the used ring and shown with the rest of the turn's, so that a driver that is awake meanwhile finds batches and not
+//! single frames, and answers them by the batch.
+//!
 //! What a turn costs is bounded ([`TURN_CHAINS`], [`TURN_BYTES`]), so that a device with a busy driver
 //! does not starve the others on its worker.
 #![forbid(unsafe_code)]
@@ -47,7 +51,7 @@ use super::{
 use crate::vmm::memory::GuestMemory;
 
 /// Chains that one turn handles at most.
-pub const TURN_CHAINS: u32 = 64;
+pub const TURN_CHAINS: u32 = 128;
 
 /// Bytes after which a turn ends; the chain that reaches it is still handled whole.
 pub const TURN_BYTES: u64 = 4 << 20;
@@ -101,6 +105,15 @@ pub trait QueueHandler: Send + 'static {
         Ok(())
     }
 
+    /// Every queue has been served as far as it goes, in a turn that has time left: the last chance to complete
+    /// something before the driver is told of the turn's. Called once a turn; bounded work.
+    ///
+    /// # Errors
+    /// As [`QueueHandler::handle`].
+    fn served(&mut self, _memory: &GuestMemory, _effects: &mut Effects) -> Result<(), Failure> {
+        Ok(())
+    }
+
     /// The device is about to leave its worker (reset, pause, detach): finishes or cancels every chain
     /// that is pending, or gives it back unused. Completions are still published. After it, nothing touches
     /// guest memory.
@@ -146,29 +159,16 @@ struct Completion {
     queue: u16,
     head: u16,
     written: u32,
-    /// The driver must not see it before the next one.
-    with_next: bool,
 }
 
 impl Effects {
-    /// Publishes a pending chain as used, with `written` bytes in its writable part.
+    /// Publishes a pending chain as used, with `written` bytes in its writable part. The driver sees all that
+    /// were completed in one call of the handler at once, and at the end of the turn at the latest.
     pub fn complete(&mut self, queue: u16, head: u16, written: u32) {
         self.completed.push(Completion {
             queue,
             head,
             written,
-            with_next: false,
-        });
-    }
-
-    /// As [`Effects::complete`], but the driver sees this chain only together with the one that is completed
-    /// next, of the same queue: for what lies in several chains and says so in the first.
-    pub fn complete_with_next(&mut self, queue: u16, head: u16, written: u32) {
-        self.completed.push(Completion {
-            queue,
-            head,
-            written,
-            with_next: true,
         });
     }
 
@@ -209,6 +209,8 @@ struct DrainedQueue {
     runnable: bool,
     /// Per head: taken and not yet published as used. A head that comes again while set is a fault.
     in_flight: Vec<bool>,
+    /// Something is in the used ring that the driver does not see yet.
+    staged: bool,
     /// Something was published since the driver was last told.
     published: bool,
     /// The driver was asked to kick.
@@ -276,12 +278,8 @@ impl<H: QueueHandler> Drain<H> {
     /// One turn: dispatches the token, serves the queues, publishes, interrupts.
     fn turn(&mut self, token: u32) -> Result<bool, Failure> {
         match token {
-            // Every queue: one eventfd stands for all of them. Reading it resets it; when somebody
-            // else's turn already did, the queues are merely looked at for nothing.
-            KICK => {
-                let _ = self.kick.read();
-                self.run_all();
-            }
+            // Every queue: one eventfd stands for all of them. Nobody reads it: each signal wakes anew.
+            KICK => self.run_all(),
             RESUME => {}
             token => self.handler.ready(&self.memory, token, &mut self.effects)?,
         }
@@ -290,9 +288,15 @@ impl<H: QueueHandler> Drain<H> {
             chains: TURN_CHAINS,
             bytes: TURN_BYTES,
         };
+        let mut told = false;
         while !budget.is_spent() {
             let Some(at) = self.queues.iter().position(|queue| queue.runnable) else {
-                break;
+                if std::mem::replace(&mut told, true) {
+                    break;
+                }
+                self.handler.served(&self.memory, &mut self.effects)?;
+                self.apply_effects()?;
+                continue;
             };
             self.serve(at, &mut budget)?;
             // The queue served last is the last in line, so that a busy one does not starve its siblings.
@@ -344,7 +348,8 @@ impl<H: QueueHandler> Drain<H> {
             self.counters.request(readable);
             if let Outcome::Done(written) = outcome {
                 self.counters.completion(written);
-                queue.publish(&self.memory, [(head, written)])?;
+                queue.put_used(&self.memory, head, written)?;
+                queue.publish(&self.memory)?;
             }
             self.apply_effects()?;
             budget.spend(readable.saturating_add(writable));
@@ -376,33 +381,21 @@ impl<H: QueueHandler> Drain<H> {
                 queue.put_back(head);
             }
         }
-        let mut completed = std::mem::take(&mut self.effects.completed);
-        let groups = completed.chunk_by(|done, next| done.with_next && done.queue == next.queue);
-        for group in groups {
-            let index = group.first().map(|done| done.queue);
-            if let Some(queue) = self
-                .queues
-                .iter_mut()
-                .find(|queue| Some(queue.index) == index)
-            {
-                for done in group {
-                    self.counters.completion(done.written);
-                }
-                queue.publish(
-                    &self.memory,
-                    group.iter().map(|done| (done.head, done.written)),
-                )?;
+        for done in self.effects.completed.drain(..) {
+            let mut queues = self.queues.iter_mut();
+            if let Some(queue) = queues.find(|queue| queue.index == done.queue) {
+                self.counters.completion(done.written);
+                queue.put_used(&self.memory, done.head, done.written)?;
             }
         }
-        completed.clear();
-        self.effects.completed = completed;
         Ok(())
     }
 
-    /// Tells the driver, once, about everything that was published in this turn.
+    /// Publishes what is not yet, and tells the driver, once, about everything that was in this turn.
     fn interrupt_driver(&mut self) -> Result<(), GuestFault> {
         let mut wanted = false;
         for queue in &mut self.queues {
+            queue.publish(&self.memory)?;
             if std::mem::take(&mut queue.published) {
                 wanted |= queue.driver_wants_interrupt(&self.memory)?;
             }
@@ -430,7 +423,7 @@ impl<H: QueueHandler> Active for Drain<H> {
             token: KICK,
             readable: true,
             writable: false,
-            edge_triggered: false,
+            edge_triggered: true,
         });
         interests
     }
@@ -485,6 +478,7 @@ impl DrainedQueue {
             queue: active.queue,
             // The driver may have filled the ring before the device was adopted.
             runnable: true,
+            staged: false,
             published: false,
             notifying: true,
         }
@@ -532,35 +526,43 @@ impl DrainedQueue {
         Ok(!self.runnable)
     }
 
-    /// Puts chains, as (head, bytes written), into the used ring; the driver sees all of them at once.
-    fn publish(
+    /// Puts a chain into the used ring, where the driver does not see it before [`DrainedQueue::publish`].
+    fn put_used(
         &mut self,
         memory: &GuestMemory,
-        chains: impl IntoIterator<Item = (u16, u32)>,
+        head: u16,
+        written: u32,
     ) -> Result<(), GuestFault> {
-        let ring = GuestAddress(self.queue.used_ring());
-        let field = |offset| ring.checked_add(offset).ok_or(GuestFault::Ring);
-        let mut next = self.queue.next_used();
-        for (head, written) in chains {
-            self.forget(head);
-            let element = u64::from(head) | u64::from(written) << 32;
-            // A size of 0 never gets as far as here.
-            let slot = next.checked_rem(self.queue.size()).unwrap_or_default();
-            let at = field(
-                u64::from(slot)
-                    .saturating_mul(USED_ELEMENT)
-                    .saturating_add(4),
-            )?;
-            memory
-                .write_slice(&element.to_le_bytes(), at)
-                .map_err(|_| GuestFault::Ring)?;
-            next = next.wrapping_add(1);
-        }
-        self.queue.set_next_used(next);
-        self.published = true;
+        self.forget(head);
+        let next = self.queue.next_used();
+        let element = u64::from(head) | u64::from(written) << 32;
+        // A size of 0 never gets as far as here.
+        let slot = next.checked_rem(self.queue.size()).unwrap_or_default();
+        let offset = u64::from(slot).saturating_mul(USED_ELEMENT);
+        let at = self.used_field(offset.saturating_add(4))?;
         memory
-            .store(next.to_le(), field(2)?, Ordering::Release)
+            .write_slice(&element.to_le_bytes(), at)
+            .map_err(|_| GuestFault::Ring)?;
+        self.queue.set_next_used(next.wrapping_add(1));
+        self.staged = true;
+        Ok(())
+    }
+
+    /// Shows the driver what was put into the used ring.
+    fn publish(&mut self, memory: &GuestMemory) -> Result<(), GuestFault> {
+        if !std::mem::take(&mut self.staged) {
+            return Ok(());
+        }
+        self.published = true;
+        let next = self.queue.next_used();
+        memory
+            .store(next.to_le(), self.used_field(2)?, Ordering::Release)
             .map_err(|_| GuestFault::Ring)
+    }
+
+    fn used_field(&self, offset: u64) -> Result<GuestAddress, GuestFault> {
+        let ring = GuestAddress(self.queue.used_ring());
+        ring.checked_add(offset).ok_or(GuestFault::Ring)
     }
 
     fn forget(&mut self, head: u16) {

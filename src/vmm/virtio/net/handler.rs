@@ -71,6 +71,8 @@ struct Pair {
     readable: bool,
     /// The link may take a frame.
     writable: bool,
+    /// Frames were sent, and what they brought about may be there to read already.
+    answered: bool,
 }
 
 /// One direction's limit.
@@ -130,6 +132,7 @@ impl<L: Link> NetHandler<L> {
             ),
             readable: true,
             writable: true,
+            answered: false,
         };
         let pairs = if has(VIRTIO_NET_F_MQ) {
             link.queues().len()
@@ -250,9 +253,11 @@ impl<L: Link> NetHandler<L> {
         {
             Sent::Full => {
                 pair.writable = false;
+                effects.rearm();
                 Ok(Outcome::PutBack)
             }
             Sent::Done { bytes, frames } => {
+                pair.answered = true;
                 if let Some(wait) = self.sent.limiter.charge(bytes, frames) {
                     self.shared.counters.sent_throttled.one();
                     self.close(Direction::Transmit, wait)?;
@@ -427,12 +432,13 @@ impl<L: Link> QueueHandler for NetHandler<L> {
             own(self.shared.changed.as_raw_fd(), SETTINGS),
             own(self.timer.as_fd().as_raw_fd(), TIMER),
         ];
-        let links = self.link.queues().iter().take(self.pairs.len());
-        interests.extend((LINKS..).zip(links).map(|(token, link)| Interest {
+        let links = self.link.queues().iter().zip(&self.pairs);
+        interests.extend((LINKS..).zip(links).map(|(token, (link, pair))| Interest {
             fd: link.as_raw_fd(),
             token,
             readable: true,
-            writable: true,
+            // One that can be written is always ready, and would be reported for a frame read long since.
+            writable: !pair.writable,
             edge_triggered: true,
         }));
         interests
@@ -454,10 +460,26 @@ impl<L: Link> QueueHandler for NetHandler<L> {
             // One of the two is new, or both; the other costs one attempt.
             pair.readable = true;
             if !std::mem::replace(&mut pair.writable, true) {
+                effects.rearm();
                 effects.run(queue_index(at, Direction::Transmit));
             }
         }
         self.receive(at, memory, effects)
+    }
+
+    /// The host's stack answers while a frame is being written: acknowledgements from the guest bring the next
+    /// segments, segments their acknowledgements. Both are told of by one interrupt.
+    fn served(&mut self, memory: &GuestMemory, effects: &mut Effects) -> Result<(), Failure> {
+        for at in 0..self.in_use {
+            let Some(pair) = self.pairs.get_mut(at) else {
+                continue;
+            };
+            if std::mem::take(&mut pair.answered) {
+                pair.readable = true;
+                self.receive(at, memory, effects)?;
+            }
+        }
+        Ok(())
     }
 
     fn quiesce(&mut self, _memory: &GuestMemory, effects: &mut Effects) {

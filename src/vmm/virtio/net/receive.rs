@@ -219,16 +219,12 @@ impl Receiver {
         let known = prefix.get(..PREFIX.min(len as usize)).unwrap_or_default();
         first.chain.writable.write(memory, 0, known)?;
         let mut left = len;
-        for at in 1..=used {
+        for _ in 0..used {
             let held = self.held.pop_front().ok_or(GuestFault::Ring)?;
             let size = held.chain.writable.len();
             let written = left.min(size);
             left = left.saturating_sub(written);
-            if at < used {
-                effects.complete_with_next(self.queue, held.chain.head(), written);
-            } else {
-                effects.complete(self.queue, held.chain.head(), written);
-            }
+            effects.complete(self.queue, held.chain.head(), written);
             self.buffers.drop_first(held.vectors);
             self.capacity = self.capacity.saturating_sub(size);
             if self.spare.len() < SPARE_CHAINS {
