@@ -5,10 +5,10 @@ use std::net::Shutdown;
 use std::thread;
 
 use cube_guest::{ContainerSpec, ProcessId, ProcessSpec, RootFs, TerminalSize, frame};
-use rustix::event::{PollFd, poll};
 
 use super::*;
 use crate::pod::listen::Ports;
+use crate::pod::ready::Ready;
 
 const STDOUT: u64 = 11;
 const STDERR: u64 = 12;
@@ -71,7 +71,9 @@ impl Pair {
 
     fn turn(&mut self) -> Result<Vec<SessionEvent>, SessionError> {
         let mut events = Vec::new();
-        self.session.turn(&mut events).map(|()| events)
+        self.session
+            .turn(&Ready::everything(), &mut events)
+            .map(|()| events)
     }
 
     fn dial(&mut self, token: u64) -> UnixStream {
@@ -109,19 +111,15 @@ fn run_until(
     mut done: impl FnMut(SessionEvent) -> bool,
 ) {
     loop {
-        let mut fds: Vec<PollFd<'_>> = session
-            .interests()
-            .into_iter()
-            .map(|(fd, flags)| PollFd::from_borrowed_fd(fd, flags))
-            .collect();
-        for fd in ports.iter().flat_map(|ports| ports.interests()) {
-            fds.push(PollFd::from_borrowed_fd(fd, PollFlags::IN));
-        }
-        poll(&mut fds, None).unwrap();
-        drop(fds);
-        ports.iter().for_each(|ports| ports.turn(session).unwrap());
+        let mut interests = session.interests();
+        let listening = ports.iter().flat_map(|ports| ports.interests());
+        interests.extend(listening.map(|fd| (fd, PollFlags::IN)));
+        let ready = Ready::wait(interests, None).unwrap();
+        ports
+            .iter()
+            .for_each(|ports| ports.turn(session, &ready).unwrap());
         let mut events = Vec::new();
-        session.turn(&mut events).unwrap();
+        session.turn(&ready, &mut events).unwrap();
         if events.into_iter().any(&mut done) {
             return;
         }
@@ -224,7 +222,10 @@ fn malformed_frames_end_the_session_and_earlier_events_are_kept() {
         pair.say(&started("c"));
         pair.agent.write_all(bytes).unwrap();
         let mut events = Vec::new();
-        let error = pair.session.turn(&mut events).unwrap_err();
+        let error = pair
+            .session
+            .turn(&Ready::everything(), &mut events)
+            .unwrap_err();
         assert!(
             matches!(error, SessionError::Frame(_)),
             "{bytes:?}: {error}"
@@ -242,7 +243,9 @@ fn an_agent_that_dies_is_told_from_one_that_is_done() {
         } = Pair::ready();
         agent.write_all(last_words).unwrap();
         drop(agent);
-        let error = session.turn(&mut Vec::new()).unwrap_err();
+        let error = session
+            .turn(&Ready::everything(), &mut Vec::new())
+            .unwrap_err();
         assert!(matches!(error, SessionError::ClosedEarly), "{error}");
     }
 }

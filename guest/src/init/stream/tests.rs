@@ -177,7 +177,7 @@ fn input_waits_for_a_container_that_does_not_read() {
     it.turn();
     it.host_reads().unwrap();
     let mut sent = 0_usize;
-    while it.stream.to_child.is_empty() {
+    while !it.stream.pipe_is_full {
         sent += rustix::io::write(&it.host, &[7; 4096]).unwrap_or(0);
         it.turn();
     }
