@@ -454,6 +454,51 @@ mod tests {
     }
 
     #[test]
+    fn bytes_keep_their_order_whatever_each_side_takes_at_a_time() {
+        let bytes: Vec<u8> = (0..3_000_000_u32).map(|n| (n % 251) as u8).collect();
+        let (mut channel, guest) = connected(Kind::Port, true);
+        let there = client(&mut channel);
+        let write = |mut side: &UnixStream, bytes: &[u8]| side.write_all(bytes).unwrap();
+        let (to_guest, to_client) = (there.try_clone().unwrap(), guest.try_clone().unwrap());
+        let (first, second) = (bytes.clone(), bytes.clone());
+        let writers = [
+            std::thread::spawn(move || {
+                write(&to_guest, &first);
+                to_guest.shutdown(Shutdown::Write).unwrap();
+            }),
+            // The guest's end is the channel's: it comes when it has read all.
+            std::thread::spawn(move || write(&to_client, &second)),
+        ];
+        let readers = [there, guest].map(|mut side| {
+            std::thread::spawn(move || {
+                let mut received = Vec::new();
+                // Less at a time than is written.
+                let mut piece = [0; 7919];
+                loop {
+                    match side.read(&mut piece).unwrap() {
+                        0 => return received,
+                        length => received.extend_from_slice(&piece[..length]),
+                    }
+                }
+            })
+        });
+        let mut buffer = [0; PIECE];
+        while !channel.is_over() {
+            let mut interests = Vec::new();
+            channel.interests(&mut interests);
+            let ready = Ready::wait(interests, None).unwrap();
+            channel.turn(&ready, &mut buffer, None).unwrap();
+        }
+        drop(channel);
+        for writer in writers {
+            writer.join().unwrap();
+        }
+        for reader in readers {
+            assert!(reader.join().unwrap() == bytes);
+        }
+    }
+
+    #[test]
     fn the_end_of_input_closes_the_guests() {
         let (mut channel, mut guest) = connected(Kind::Stdin, true);
         let mut writer = client(&mut channel);

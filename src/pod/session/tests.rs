@@ -7,7 +7,7 @@ use std::thread;
 use cube_guest::{ContainerSpec, ProcessId, ProcessSpec, RootFs, TerminalSize, frame};
 
 use super::*;
-use crate::pod::listen::Ports;
+use crate::pod::listen::{Ports, port_path};
 use crate::pod::ready::Ready;
 
 const STDOUT: u64 = 11;
@@ -124,6 +124,25 @@ fn run_until(
             return;
         }
     }
+}
+
+#[test]
+fn what_is_not_ready_is_not_touched() {
+    let directory = tempfile::tempdir().unwrap();
+    let vsock = directory.path().join("vsock.sock");
+    let ports = Ports::bind(&vsock).unwrap();
+    let mut agent = UnixStream::connect(port_path(&vsock, cube_guest::CONTROL_PORT)).unwrap();
+    frame::write(&mut agent, &hello(PROTOCOL_VERSION)).unwrap();
+    let mut session = Session::new(&pod());
+    let mut events = Vec::new();
+    let nothing = Ready::default();
+    ports.turn(&mut session, &nothing).unwrap();
+    assert_eq!(session.state, State::Listening);
+    ports.turn(&mut session, &Ready::everything()).unwrap();
+    session.turn(&nothing, &mut events).unwrap();
+    assert!(events.is_empty() && session.state == State::Greeting);
+    session.turn(&Ready::everything(), &mut events).unwrap();
+    assert!(matches!(&events[..], [SessionEvent::Ready { .. }]));
 }
 
 #[test]
@@ -337,7 +356,7 @@ fn big_streams_and_the_exit_status_arrive_complete_through_the_sockets() {
     let vsock = directory.path().join("vsock");
     let ports = Ports::bind(&vsock).unwrap();
     let agent = thread::spawn(move || {
-        let dial = |port| UnixStream::connect(crate::pod::listen::port_path(&vsock, port)).unwrap();
+        let dial = |port| UnixStream::connect(port_path(&vsock, port)).unwrap();
         let mut control = dial(cube_guest::CONTROL_PORT);
         frame::write(&mut control, &hello(PROTOCOL_VERSION)).unwrap();
         let writers = [STDOUT, STDERR].map(|token| {
