@@ -88,6 +88,11 @@ impl Background {
         PodApi::of(&self.base, NAME)
     }
 
+    /// The pod process.
+    pub(super) fn pid(&self) -> u32 {
+        self.pid
+    }
+
     fn command(&self, words: &[&str]) -> Command {
         let mut command = Command::new(&self.cube);
         command.env("CUBE_RUN_DIR", &self.base).args(words);

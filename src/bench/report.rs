@@ -53,6 +53,7 @@ pub const SHOWN: [&[Figure]; 4] = [
         figure("stdout_ms", "32 MiB of output", "ms"),
         figure("echo_ms_per_gib", "Stream there and back, per GiB", "ms"),
         figure("echo_growth_kib", "RSS grown by it", "KiB"),
+        figure("echo_exits_per_mib", "KVM exits for it, per MiB", ""),
     ],
     &[
         figure("net_to_ms_per_gib", "Network, to guest, per GiB", "ms"),

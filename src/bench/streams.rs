@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 use cube_guest::ProcessSpec;
 
 use super::background::{self, Background};
+use super::exits;
 use super::footprint;
 use super::measure;
 use super::peers::{Kind, Machine, Peer};
@@ -38,8 +39,22 @@ pub struct StreamBench {
     pub deadline: Duration,
 }
 
-/// What is looked at before and after: resident memory of the VMM's own.
-type OwnRss<'a> = &'a dyn Fn() -> io::Result<u64>;
+/// What is looked at before and after.
+struct Look {
+    /// Resident memory of the VMM's own.
+    own_rss_kib: u64,
+    /// By KVM's count; 0 where that cannot be read.
+    exits: u64,
+}
+
+impl Look {
+    fn at(pid: u32, memory_mib: u32) -> io::Result<Self> {
+        Ok(Self {
+            own_rss_kib: footprint::of_process(pid, memory_mib)?.overhead_rss_kib,
+            exits: exits::of_process(pid).get("total").copied().unwrap_or(0),
+        })
+    }
+}
 
 impl StreamBench {
     /// Lets every VMM of `rows` with such a socket, and pods in the background, take turns.
@@ -80,15 +95,12 @@ impl StreamBench {
             Ok(running) => running,
             Err(error) => return Ok(Err(error.to_string())),
         };
-        let own = || {
-            let memory = footprint::of_process(running.pid(), self.machine.memory_mib)?;
-            Ok(memory.overhead_rss_kib)
-        };
+        let look = || Look::at(running.pid(), self.machine.memory_mib);
         let connect = || {
             let stream = connect(&socket, self.deadline)?;
             Ok([stream.try_clone()?, stream])
         };
-        let measured = self.measure(&own, &connect, &|| Ok(()));
+        let measured = self.measure(&look, &connect, &|| Ok(()));
         let words = running.stop();
         Ok(measured.map_err(|error| format!("{error} ({})", words.trim())))
     }
@@ -126,14 +138,14 @@ impl StreamBench {
                 code => Err(io::Error::other(format!("`cat` ended with status {code}"))),
             }
         };
-        let measured = self.measure(&|| background.own_rss_kib(pod), &begin, &end);
+        let measured = self.measure(&|| Look::at(background.pid(), pod.memory_mib), &begin, &end);
         measured.map_err(|error| error.to_string())
     }
 
     /// `begin` gives what to write to and what to read from; `end` is for after the last byte.
     fn measure(
         &self,
-        own: OwnRss<'_>,
+        look: &dyn Fn() -> io::Result<Look>,
         begin: &dyn Fn() -> io::Result<[UnixStream; 2]>,
         end: &dyn Fn() -> io::Result<()>,
     ) -> io::Result<Figures> {
@@ -145,13 +157,19 @@ impl StreamBench {
             end().map(|()| took)
         };
         through(WARM_UP_MIB)?;
-        let before = own()?;
+        let before = look()?;
         let took = through(self.mib)?;
-        let grown = own()?.saturating_sub(before);
+        let after = look()?;
+        let grown = after.own_rss_kib.saturating_sub(before.own_rss_kib);
+        let exits = after.exits.saturating_sub(before.exits);
         let mut taken = Figures::new();
         let per_gib = took.as_secs_f64() * 1e3 * 1024.0 / f64::from(self.mib);
         record(&mut taken, "echo_ms_per_gib", per_gib);
         record(&mut taken, "echo_growth_kib", grown as f64);
+        if exits > 0 {
+            let per_mib = exits as f64 / f64::from(self.mib);
+            record(&mut taken, "echo_exits_per_mib", per_mib);
+        }
         Ok(taken)
     }
 }

@@ -228,11 +228,11 @@ impl Channel {
         buffer: &mut [u8],
         mut log: Option<&mut LogFile>,
     ) -> io::Result<bool> {
-        let kind = self.kind;
+        let (kind, guest) = (self.kind, &mut self.guest);
         let mut hung_up = false;
         self.clients.retain_mut(|client| {
             let stays = !ready.has(&client.socket)
-                || (client.flush() && (!kind.has_input() || client.read(kind, buffer)));
+                || (client.flush() && (!kind.has_input() || client.read(kind, buffer, guest)));
             hung_up |= !stays;
             stays
         });
@@ -283,8 +283,7 @@ impl Channel {
             None => Ok(()),
         };
         for client in &mut self.clients {
-            client.out.extend_from_slice(piece);
-            client.flush();
+            client.give(piece);
         }
         logged.map(|()| true)
     }
@@ -300,15 +299,8 @@ impl Channel {
         }
         let mut broken = false;
         for client in &mut self.clients {
-            while !client.input.is_empty() && !broken {
-                match stream.write(&client.input) {
-                    Ok(length @ 1..) => drop(client.input.drain(..length)),
-                    Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-                    Err(e) if e.kind() == io::ErrorKind::WouldBlock => break,
-                    // The process closed its input.
-                    Ok(_) | Err(_) => broken = true,
-                }
-            }
+            // One that is broken: the process closed its input.
+            broken = broken || !flush(&mut client.input, stream);
             if broken {
                 client.input.clear();
             }
@@ -332,32 +324,66 @@ impl Channel {
 impl Client {
     /// Writes what it takes now; `false` if it has gone.
     fn flush(&mut self) -> bool {
-        while !self.out.is_empty() {
-            match self.socket.write(&self.out) {
-                Ok(length @ 1..) => drop(self.out.drain(..length)),
-                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return true,
-                Ok(_) | Err(_) => return false,
-            }
-        }
-        true
+        flush(&mut self.out, &mut self.socket)
     }
 
-    /// Reads what came, if the guest has taken what came before; `false` if it has gone.
-    fn read(&mut self, kind: Kind, buffer: &mut [u8]) -> bool {
+    /// Writes `piece`, and keeps what it does not take now; whether it has gone is seen later.
+    fn give(&mut self, piece: &[u8]) {
+        let taken = push(piece, &mut self.socket).unwrap_or(0);
+        self.out.extend_from_slice(&piece[taken..]);
+    }
+
+    /// Reads what came, if the guest has taken what came before, and passes on what the guest takes now; `false` if
+    /// the client has gone.
+    fn read(&mut self, kind: Kind, buffer: &mut [u8], guest: &mut Guest) -> bool {
         if self.input_ended || !self.input.is_empty() {
             return true;
         }
         match self.socket.read(buffer) {
             Ok(0) if kind.outlives_clients() => return false,
             Ok(0) => self.input_ended = true,
-            Ok(length) => self.input.extend_from_slice(&buffer[..length]),
+            Ok(length) => {
+                let piece = &buffer[..length];
+                let taken = match guest {
+                    // One that takes no more for good is found when the rest is tried.
+                    Guest::Connected(stream) => push(piece, stream).unwrap_or(0),
+                    Guest::Awaited | Guest::Ended => 0,
+                };
+                self.input.extend_from_slice(&piece[taken..]);
+            }
             Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
             Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
             Err(_) => return false,
         }
         true
     }
+}
+
+/// Writes until everything is written or there is no room; how much was. What was written before an error counts: the
+/// next write finds the error again.
+fn push(bytes: &[u8], to: &mut UnixStream) -> io::Result<usize> {
+    let mut written = 0;
+    while written < bytes.len() {
+        match to.write(&bytes[written..]) {
+            Ok(length @ 1..) => written += length,
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => break,
+            _ if written > 0 => break,
+            Ok(_) => return Err(io::ErrorKind::WriteZero.into()),
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(written)
+}
+
+/// Writes what is taken now of what waits; `false` if nobody takes it any more.
+fn flush(waiting: &mut Vec<u8>, to: &mut UnixStream) -> bool {
+    if waiting.is_empty() {
+        return true;
+    }
+    let written = push(waiting, to);
+    waiting.drain(..*written.as_ref().unwrap_or(&0));
+    written.is_ok()
 }
 
 #[cfg(test)]
@@ -425,6 +451,51 @@ mod tests {
         }
         assert!(channel.clients[0].out.len() <= PIECE);
         assert!(sent < 4 << 20, "{sent} bytes were taken from the guest");
+    }
+
+    #[test]
+    fn bytes_keep_their_order_whatever_each_side_takes_at_a_time() {
+        let bytes: Vec<u8> = (0..3_000_000_u32).map(|n| (n % 251) as u8).collect();
+        let (mut channel, guest) = connected(Kind::Port, true);
+        let there = client(&mut channel);
+        let write = |mut side: &UnixStream, bytes: &[u8]| side.write_all(bytes).unwrap();
+        let (to_guest, to_client) = (there.try_clone().unwrap(), guest.try_clone().unwrap());
+        let (first, second) = (bytes.clone(), bytes.clone());
+        let writers = [
+            std::thread::spawn(move || {
+                write(&to_guest, &first);
+                to_guest.shutdown(Shutdown::Write).unwrap();
+            }),
+            // The guest's end is the channel's: it comes when it has read all.
+            std::thread::spawn(move || write(&to_client, &second)),
+        ];
+        let readers = [there, guest].map(|mut side| {
+            std::thread::spawn(move || {
+                let mut received = Vec::new();
+                // Less at a time than is written.
+                let mut piece = [0; 7919];
+                loop {
+                    match side.read(&mut piece).unwrap() {
+                        0 => return received,
+                        length => received.extend_from_slice(&piece[..length]),
+                    }
+                }
+            })
+        });
+        let mut buffer = [0; PIECE];
+        while !channel.is_over() {
+            let mut interests = Vec::new();
+            channel.interests(&mut interests);
+            let ready = Ready::wait(interests, None).unwrap();
+            channel.turn(&ready, &mut buffer, None).unwrap();
+        }
+        drop(channel);
+        for writer in writers {
+            writer.join().unwrap();
+        }
+        for reader in readers {
+            assert!(reader.join().unwrap() == bytes);
+        }
     }
 
     #[test]

@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 
 use cube_guest::{CONTROL_PORT, STREAM_PORT};
 
+use super::ready::Ready;
 use super::session::Session;
 
 /// Connections taken per port and turn, so that a flood of them does not starve the rest of the loop.
@@ -76,7 +77,11 @@ impl Ports {
     ///
     /// # Errors
     /// The host cannot accept: out of descriptors or memory.
-    pub fn turn(&self, session: &mut Session) -> io::Result<()> {
+    pub(crate) fn turn(&self, session: &mut Session, ready: &Ready) -> io::Result<()> {
+        let accept = |listener| match ready.has(listener) {
+            true => accept(listener),
+            false => Ok(None),
+        };
         for _ in 0..MAX_ACCEPTS {
             let Some(stream) = accept(&self.control)? else {
                 break;

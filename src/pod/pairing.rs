@@ -93,6 +93,11 @@ impl Pairing {
         }
     }
 
+    /// Whether no connection has to say its token, and no stream is waited for with a deadline.
+    pub(crate) fn is_idle(&self) -> bool {
+        self.nameless.is_empty() && self.deadline().is_none()
+    }
+
     /// When the first stream is overdue.
     pub(crate) fn deadline(&self) -> Option<Instant> {
         self.expected.values().flatten().min().copied()

@@ -43,6 +43,7 @@ use rustix::event::PollFlags;
 
 use super::frames::{Fill, FrameReader, FrameWriter};
 use super::pairing::Pairing;
+use super::ready::Ready;
 
 /// Reads from the control connection per turn; the rest waits for the next.
 const MAX_READS: usize = 8;
@@ -355,13 +356,19 @@ impl Session {
     ///
     /// # Errors
     /// The session is over; the machine should be ended.
-    pub fn turn(&mut self, events: &mut Vec<SessionEvent>) -> Result<(), SessionError> {
-        for (token, stream) in self.pairing.turn(Instant::now())? {
-            events.push(SessionEvent::Stream { token, stream });
+    pub(crate) fn turn(
+        &mut self,
+        ready: &Ready,
+        events: &mut Vec<SessionEvent>,
+    ) -> Result<(), SessionError> {
+        if !self.pairing.is_idle() {
+            for (token, stream) in self.pairing.turn(Instant::now())? {
+                events.push(SessionEvent::Stream { token, stream });
+            }
         }
         self.flush()?;
         for _ in 0..MAX_READS {
-            let Some(control) = &mut self.control else {
+            let Some(control) = self.control.as_mut().filter(|c| ready.has(*c)) else {
                 return Ok(());
             };
             match self.incoming.fill(control)? {

@@ -248,8 +248,8 @@ impl Supervisor {
         machine: &dyn Machinery,
         ready: &Ready,
     ) -> io::Result<Option<End>> {
-        self.guest_ports.turn(&mut self.session)?;
-        self.turn_session(machine);
+        self.guest_ports.turn(&mut self.session, ready)?;
+        self.turn_session(machine, ready);
         for call in self.server.turn(ready)? {
             match call {
                 Call::Request(connection, request) => self.serve(connection, &request, machine),
@@ -280,12 +280,12 @@ impl Supervisor {
         }
     }
 
-    fn turn_session(&mut self, machine: &dyn Machinery) {
+    fn turn_session(&mut self, machine: &dyn Machinery, ready: &Ready) {
         if self.broken.is_some() {
             return;
         }
         let mut events = Vec::new();
-        let result = self.session.turn(&mut events);
+        let result = self.session.turn(ready, &mut events);
         for event in events {
             self.take(event, machine);
         }
@@ -505,12 +505,16 @@ impl Attendant for Supervisor {
         loop {
             let failure = machine.device_failure().unwrap_or(machine.ended());
             let ready = self.wait(&[machine.ended(), signals.as_fd(), failure])?;
-            machine.check_devices();
+            if ready.has(&failure) {
+                machine.check_devices();
+            }
             let end = self.turn(machine, &ready)?;
             if let Some(end) = machine.end().or(end) {
                 return Ok(end);
             }
-            if let Some(number) = signals.next() {
+            if ready.has(signals)
+                && let Some(number) = signals.next()
+            {
                 if self.stop_by.is_some() {
                     return Ok(End::Stopped(StopCause::Signal(number)));
                 }

@@ -20,6 +20,10 @@ use crate::table::Table;
 /// Mount options of a container's `/dev/pts`, as containerd's: group 5 is `tty`.
 const DEVPTS_OPTIONS: [(&str, &str); 3] = [("ptmxmode", "0666"), ("mode", "0620"), ("gid", "5")];
 
+/// Bytes that a standard stream's pipe holds, as many as its vsock connection may have on the way: with the kernel's
+/// 64 KiB a writer and a reader of long pieces take turns at each of them.
+const PIPE: usize = 256 << 10;
+
 /// What a process gets as its standard streams.
 #[derive(Debug)]
 pub(crate) enum ChildStdio {
@@ -74,6 +78,8 @@ impl Streams {
                 for (number, token) in [stdin, stdout, stderr].into_iter().enumerate() {
                     let Some(token) = token else { continue };
                     let (reader, writer) = pipe(number == 0)?;
+                    // A pipe that stays as it was made is slower, and no more.
+                    let _ = rustix::pipe::fcntl_setpipe_size(&reader, PIPE);
                     let (theirs, ours) = match number {
                         0 => (reader, End::Input(writer)),
                         _ => (writer, End::Output(reader)),

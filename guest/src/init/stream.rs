@@ -17,15 +17,20 @@ use std::os::fd::{AsFd, OwnedFd};
 
 use cube_guest::TerminalSize;
 use rustix::event::epoll::EventFlags;
+use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::{Errno, Result};
-use rustix::net::{SendFlags, Shutdown};
+use rustix::net::{RecvFlags, SendFlags, Shutdown};
+use rustix::pipe::SpliceFlags;
 use rustix::termios::Winsize;
+use rustix::time::Timespec;
 
 use crate::events::{Poller, Source, Watched};
 
-/// Bytes moved at a time. The kernel makes each write to a vsock one packet in contiguous memory: of this
-/// size (order 3) it always finds one.
-pub(crate) const BUFFER: usize = 32 << 10;
+/// Bytes moved at a time: as many as a pipe holds, and as a packet of vsock carries. Each packet costs a kick, an
+/// interrupt and three switches of threads, so they should be long.
+pub(crate) const BUFFER: usize = 64 << 10;
+/// The kernel makes each write to a vsock one packet, in contiguous memory: so much it always finds.
+const PACKET_AT_LEAST: usize = 32 << 10;
 
 /// The container's end of a stream.
 #[derive(Debug)]
@@ -65,12 +70,29 @@ pub(crate) struct Stream {
     told_end: bool,
     /// The host sends nothing more.
     host_ended: bool,
+    /// The pipe to the container takes nothing now.
+    pipe_is_full: bool,
 }
 
 #[derive(Debug, Default)]
 struct Pending {
     bytes: Vec<u8>,
     written: usize,
+}
+
+/// How a step of socket → sink went.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Step {
+    /// What was there was moved, or is pending.
+    Moved,
+    /// The pipe has no room.
+    Full,
+    /// Nobody reads the sink.
+    Broken,
+    /// The host sends nothing more.
+    HostEnded,
+    /// The connection is broken.
+    HostBroke,
 }
 
 /// How a write went.
@@ -115,6 +137,7 @@ impl Stream {
             has_output,
             told_end: false,
             host_ended: false,
+            pipe_is_full: false,
         }
     }
 
@@ -158,7 +181,11 @@ impl Stream {
 
     /// One step of source → socket. Returns whether the stream is done.
     fn towards_host(&mut self, poller: &Poller, buffer: &mut [u8]) -> bool {
-        let send = |bytes: &[u8]| rustix::net::send(&self.socket, bytes, SendFlags::NOSIGNAL);
+        let send = |bytes: &[u8]| {
+            in_packets(bytes, |packet| {
+                rustix::net::send(&self.socket, packet, SendFlags::NOSIGNAL)
+            })
+        };
         match self.to_host.flush(send) {
             Progress::Whole => {}
             Progress::Full => return false,
@@ -187,30 +214,19 @@ impl Stream {
 
     /// One step of socket → sink. Returns whether the stream is done.
     fn towards_child(&mut self, poller: &Poller, buffer: &mut [u8]) -> bool {
-        let mut progress = Progress::Whole;
-        if let Some(sink) = &self.sink {
-            let write = |bytes: &[u8]| rustix::io::write(sink, bytes);
-            progress = self.to_child.flush(write);
-            if progress == Progress::Whole && reader_is_gone(sink) {
-                progress = Progress::Broken;
+        let step = match &self.sink {
+            Some(pipe) if self.kind == Kind::Pipe => splice(&self.socket, pipe),
+            _ => self.copy_to_child(buffer),
+        };
+        self.pipe_is_full = step == Step::Full;
+        match step {
+            Step::Moved | Step::Full => {}
+            Step::HostEnded => self.host_ended = true,
+            Step::Broken => {
+                self.to_child = Pending::default();
+                close(&mut self.sink, poller);
             }
-        }
-        if progress == Progress::Whole && !self.host_ended {
-            match rustix::net::recv(&self.socket, &mut *buffer, rustix::net::RecvFlags::empty()) {
-                Ok((_, read @ 1..)) => {
-                    if let Some(sink) = &self.sink {
-                        let write = |bytes: &[u8]| rustix::io::write(sink, bytes);
-                        progress = self.to_child.write(&buffer[..read], write);
-                    }
-                }
-                Ok((_, 0)) => self.host_ended = true,
-                Err(Errno::AGAIN | Errno::INTR) => {}
-                Err(_) => return true,
-            }
-        }
-        if progress == Progress::Broken {
-            self.to_child = Pending::default();
-            close(&mut self.sink, poller);
+            Step::HostBroke => return true,
         }
         // A terminal stays open when the host has nothing more to type.
         if self.host_ended && self.to_child.is_empty() && self.kind != Kind::Terminal {
@@ -227,6 +243,35 @@ impl Stream {
         }
     }
 
+    /// Through `buffer`, to what cannot be spliced to.
+    fn copy_to_child(&mut self, buffer: &mut [u8]) -> Step {
+        let write = |bytes: &[u8]| match &self.sink {
+            Some(sink) => rustix::io::write(sink, bytes),
+            // Nobody reads it: what the host still sends is dropped.
+            None => Ok(bytes.len()),
+        };
+        match self.to_child.flush(write) {
+            Progress::Whole => {}
+            Progress::Full => return Step::Moved,
+            Progress::Broken => return Step::Broken,
+        }
+        if self.sink.as_ref().is_some_and(reader_is_gone) {
+            return Step::Broken;
+        }
+        if self.host_ended {
+            return Step::Moved;
+        }
+        match rustix::net::recv(&self.socket, &mut *buffer, RecvFlags::empty()) {
+            Ok((_, read @ 1..)) => match self.to_child.write(&buffer[..read], write) {
+                Progress::Whole | Progress::Full => Step::Moved,
+                Progress::Broken => Step::Broken,
+            },
+            Ok((_, 0)) => Step::HostEnded,
+            Err(Errno::AGAIN | Errno::INTR) => Step::Moved,
+            Err(_) => Step::HostBroke,
+        }
+    }
+
     /// Watches exactly what the next step waits for.
     fn rearm(&mut self, poller: &Poller) -> Result<()> {
         let when = |condition: bool, flags| condition.then_some(flags);
@@ -235,7 +280,8 @@ impl Stream {
         }
         let mut socket = EventFlags::empty();
         socket.set(EventFlags::OUT, !self.to_host.is_empty());
-        socket.set(EventFlags::IN, self.to_child.is_empty() && !self.host_ended);
+        let waiting = !self.to_child.is_empty() || self.pipe_is_full;
+        socket.set(EventFlags::IN, !waiting && !self.host_ended);
         self.socket
             .watch(poller, when(!socket.is_empty(), socket))?;
         if let Some(source) = &mut self.source {
@@ -243,7 +289,6 @@ impl Stream {
         }
         if let Some(sink) = &mut self.sink {
             // A pipe with no flags reports that its reader is gone. A terminal reports that at its source.
-            let waiting = !self.to_child.is_empty();
             let idle = when(self.kind != Kind::Terminal, EventFlags::empty());
             sink.watch(poller, if waiting { Some(EventFlags::OUT) } else { idle })?;
         }
@@ -300,16 +345,38 @@ fn push(bytes: &[u8], write: impl Fn(&[u8]) -> Result<usize>) -> Result<usize> {
     Ok(written)
 }
 
+/// Sends `bytes`, or as much of them as the kernel finds memory for in one piece.
+fn in_packets(bytes: &[u8], send: impl Fn(&[u8]) -> Result<usize>) -> Result<usize> {
+    match send(bytes) {
+        Err(Errno::NOMEM) if bytes.len() > PACKET_AT_LEAST => send(&bytes[..PACKET_AT_LEAST]),
+        sent => sent,
+    }
+}
+
+/// Lets the kernel move what has come from the host into the container's pipe: copied once, into the pages that the
+/// container reads, and in one call.
+fn splice(socket: impl AsFd, pipe: impl AsFd) -> Step {
+    let room = ready(&pipe, PollFlags::OUT);
+    if room.contains(PollFlags::ERR) {
+        return Step::Broken;
+    }
+    if !room.contains(PollFlags::OUT) {
+        return Step::Full;
+    }
+    match rustix::pipe::splice(socket, None, pipe, None, BUFFER, SpliceFlags::NONBLOCK) {
+        Ok(1..) | Err(Errno::AGAIN | Errno::INTR) => Step::Moved,
+        Ok(0) => Step::HostEnded,
+        Err(Errno::PIPE) => Step::Broken,
+        Err(_) => Step::HostBroke,
+    }
+}
+
 /// Whether a non-blocking connect is done.
 ///
 /// # Errors
 /// It failed.
 pub(crate) fn connection(socket: impl AsFd) -> Result<bool> {
-    use rustix::event::{PollFd, PollFlags, poll};
-    let mut fds = [PollFd::new(&socket, PollFlags::OUT)];
-    poll(&mut fds, Some(&rustix::time::Timespec::default()))?;
-    let ready = fds[0].revents();
-    if ready.is_empty() {
+    if ready(&socket, PollFlags::OUT).is_empty() {
         return Ok(false);
     }
     rustix::net::sockopt::socket_error(&socket)??;
@@ -318,10 +385,16 @@ pub(crate) fn connection(socket: impl AsFd) -> Result<bool> {
 
 /// Whether nobody has the reading end of the pipe `sink` open.
 fn reader_is_gone(sink: impl AsFd) -> bool {
-    use rustix::event::{PollFd, PollFlags, poll};
-    let mut fds = [PollFd::new(&sink, PollFlags::empty())];
-    let polled = poll(&mut fds, Some(&rustix::time::Timespec::default()));
-    polled.is_ok() && fds[0].revents().contains(PollFlags::ERR)
+    ready(&sink, PollFlags::empty()).contains(PollFlags::ERR)
+}
+
+/// What a poll that does not wait says.
+fn ready(fd: &impl AsFd, flags: PollFlags) -> PollFlags {
+    let mut fds = [PollFd::new(fd, flags)];
+    match poll(&mut fds, Some(&Timespec::default())) {
+        Ok(_) => fds[0].revents(),
+        Err(_) => PollFlags::empty(),
+    }
 }
 
 fn close(watched: &mut Option<Watched>, poller: &Poller) {

@@ -111,8 +111,10 @@ impl Server {
 
     /// When the next client loses this side's patience.
     pub(crate) fn deadline(&self) -> Option<Instant> {
-        let now = Instant::now();
-        let next = |c: &Connection| if c.again { Some(now) } else { c.deadline };
+        let next = |c: &Connection| match c.again {
+            true => Some(Instant::now()),
+            false => c.deadline,
+        };
         self.connections.values().filter_map(next).min()
     }
 
@@ -126,10 +128,9 @@ impl Server {
                 Err(e) => return Err(e),
             }
         }
-        let now = Instant::now();
         let mut calls = Vec::new();
         self.connections.retain(|id, connection| {
-            let late = connection.deadline.is_some_and(|at| at <= now);
+            let late = connection.deadline.is_some_and(|at| at <= Instant::now());
             let alive = !late && connection.turn(*id, ready, &mut calls);
             if !alive {
                 calls.push(Call::Gone(*id));

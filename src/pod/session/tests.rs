@@ -5,10 +5,10 @@ use std::net::Shutdown;
 use std::thread;
 
 use cube_guest::{ContainerSpec, ProcessId, ProcessSpec, RootFs, TerminalSize, frame};
-use rustix::event::{PollFd, poll};
 
 use super::*;
-use crate::pod::listen::Ports;
+use crate::pod::listen::{Ports, port_path};
+use crate::pod::ready::Ready;
 
 const STDOUT: u64 = 11;
 const STDERR: u64 = 12;
@@ -71,7 +71,9 @@ impl Pair {
 
     fn turn(&mut self) -> Result<Vec<SessionEvent>, SessionError> {
         let mut events = Vec::new();
-        self.session.turn(&mut events).map(|()| events)
+        self.session
+            .turn(&Ready::everything(), &mut events)
+            .map(|()| events)
     }
 
     fn dial(&mut self, token: u64) -> UnixStream {
@@ -109,23 +111,38 @@ fn run_until(
     mut done: impl FnMut(SessionEvent) -> bool,
 ) {
     loop {
-        let mut fds: Vec<PollFd<'_>> = session
-            .interests()
-            .into_iter()
-            .map(|(fd, flags)| PollFd::from_borrowed_fd(fd, flags))
-            .collect();
-        for fd in ports.iter().flat_map(|ports| ports.interests()) {
-            fds.push(PollFd::from_borrowed_fd(fd, PollFlags::IN));
-        }
-        poll(&mut fds, None).unwrap();
-        drop(fds);
-        ports.iter().for_each(|ports| ports.turn(session).unwrap());
+        let mut interests = session.interests();
+        let listening = ports.iter().flat_map(|ports| ports.interests());
+        interests.extend(listening.map(|fd| (fd, PollFlags::IN)));
+        let ready = Ready::wait(interests, None).unwrap();
+        ports
+            .iter()
+            .for_each(|ports| ports.turn(session, &ready).unwrap());
         let mut events = Vec::new();
-        session.turn(&mut events).unwrap();
+        session.turn(&ready, &mut events).unwrap();
         if events.into_iter().any(&mut done) {
             return;
         }
     }
+}
+
+#[test]
+fn what_is_not_ready_is_not_touched() {
+    let directory = tempfile::tempdir().unwrap();
+    let vsock = directory.path().join("vsock.sock");
+    let ports = Ports::bind(&vsock).unwrap();
+    let mut agent = UnixStream::connect(port_path(&vsock, cube_guest::CONTROL_PORT)).unwrap();
+    frame::write(&mut agent, &hello(PROTOCOL_VERSION)).unwrap();
+    let mut session = Session::new(&pod());
+    let mut events = Vec::new();
+    let nothing = Ready::default();
+    ports.turn(&mut session, &nothing).unwrap();
+    assert_eq!(session.state, State::Listening);
+    ports.turn(&mut session, &Ready::everything()).unwrap();
+    session.turn(&nothing, &mut events).unwrap();
+    assert!(events.is_empty() && session.state == State::Greeting);
+    session.turn(&Ready::everything(), &mut events).unwrap();
+    assert!(matches!(&events[..], [SessionEvent::Ready { .. }]));
 }
 
 #[test]
@@ -224,7 +241,10 @@ fn malformed_frames_end_the_session_and_earlier_events_are_kept() {
         pair.say(&started("c"));
         pair.agent.write_all(bytes).unwrap();
         let mut events = Vec::new();
-        let error = pair.session.turn(&mut events).unwrap_err();
+        let error = pair
+            .session
+            .turn(&Ready::everything(), &mut events)
+            .unwrap_err();
         assert!(
             matches!(error, SessionError::Frame(_)),
             "{bytes:?}: {error}"
@@ -242,7 +262,9 @@ fn an_agent_that_dies_is_told_from_one_that_is_done() {
         } = Pair::ready();
         agent.write_all(last_words).unwrap();
         drop(agent);
-        let error = session.turn(&mut Vec::new()).unwrap_err();
+        let error = session
+            .turn(&Ready::everything(), &mut Vec::new())
+            .unwrap_err();
         assert!(matches!(error, SessionError::ClosedEarly), "{error}");
     }
 }
@@ -334,7 +356,7 @@ fn big_streams_and_the_exit_status_arrive_complete_through_the_sockets() {
     let vsock = directory.path().join("vsock");
     let ports = Ports::bind(&vsock).unwrap();
     let agent = thread::spawn(move || {
-        let dial = |port| UnixStream::connect(crate::pod::listen::port_path(&vsock, port)).unwrap();
+        let dial = |port| UnixStream::connect(port_path(&vsock, port)).unwrap();
         let mut control = dial(cube_guest::CONTROL_PORT);
         frame::write(&mut control, &hello(PROTOCOL_VERSION)).unwrap();
         let writers = [STDOUT, STDERR].map(|token| {

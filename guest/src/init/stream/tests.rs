@@ -177,7 +177,7 @@ fn input_waits_for_a_container_that_does_not_read() {
     it.turn();
     it.host_reads().unwrap();
     let mut sent = 0_usize;
-    while it.stream.to_child.is_empty() {
+    while !it.stream.pipe_is_full {
         sent += rustix::io::write(&it.host, &[7; 4096]).unwrap_or(0);
         it.turn();
     }
@@ -261,6 +261,42 @@ fn a_terminal_carries_both_directions_and_ends_with_its_last_user() {
     assert_eq!(received, b"line\r\nlast words");
     rustix::net::shutdown(&it.host, Shutdown::Both).unwrap();
     assert!(it.wait());
+}
+
+#[test]
+fn a_packet_that_finds_no_memory_is_sent_shorter() {
+    let most = std::cell::Cell::new(PACKET_AT_LEAST);
+    let send = |packet: &[u8]| match packet.len() <= most.get() {
+        true => Ok(packet.len()),
+        false => Err(Errno::NOMEM),
+    };
+    let bytes = vec![0; BUFFER];
+    assert_eq!(in_packets(&bytes, send), Ok(PACKET_AT_LEAST));
+    assert_eq!(push(&bytes, |rest| in_packets(rest, send)), Ok(BUFFER));
+    most.set(BUFFER);
+    assert_eq!(in_packets(&bytes, send), Ok(BUFFER));
+    // There is an end to it.
+    most.set(PACKET_AT_LEAST - 1);
+    assert_eq!(in_packets(&bytes, send), Err(Errno::NOMEM));
+}
+
+#[test]
+fn input_goes_to_its_pipe_in_one_piece_and_in_order() {
+    let mut it = fixture(false);
+    it.turn();
+    it.host_reads().unwrap();
+    let bytes: Vec<u8> = (0..60_000_u32).map(|n| (n % 251) as u8).collect();
+    assert_eq!(rustix::io::write(&it.host, &bytes).unwrap(), bytes.len());
+    assert!(!it.wait());
+    assert!(it.stream.to_child.is_empty(), "nothing of it is copied");
+    let mut received = vec![];
+    while let Some(piece) = read(it.child.as_ref().unwrap()) {
+        received.extend(piece);
+        if received.len() < bytes.len() {
+            it.turn();
+        }
+    }
+    assert!(received == bytes);
 }
 
 proptest! {
