@@ -92,6 +92,8 @@ struct Client {
     /// On its way to the guest.
     input: Vec<u8>,
     input_ended: bool,
+    /// It was told that no more output comes.
+    output_closed: bool,
 }
 
 /// The stream.
@@ -106,6 +108,8 @@ pub(crate) struct Channel {
     had_client: bool,
     /// The guest was told that no more input comes.
     input_closed: bool,
+    /// The guest says that no more output comes, and may take input all the same.
+    output_ended: bool,
     line: Line,
 }
 
@@ -120,6 +124,7 @@ impl Channel {
             needs_client,
             had_client: false,
             input_closed: false,
+            output_ended: false,
             line: Line::default(),
         }
     }
@@ -152,6 +157,7 @@ impl Channel {
             out: Vec::new(),
             input: first,
             input_ended: false,
+            output_closed: false,
         });
     }
 
@@ -188,6 +194,7 @@ impl Channel {
 
     fn wants_output(&self) -> bool {
         self.kind.has_output()
+            && !self.output_ended
             && matches!(self.guest, Guest::Connected(_))
             && (!self.needs_client || self.had_client)
             && self.clients.iter().all(|client| client.out.is_empty())
@@ -245,6 +252,9 @@ impl Channel {
         if self.wants_output() {
             logged = self.pass_output(ready, buffer, log.as_deref_mut())?;
         }
+        if self.output_ended {
+            self.clients.iter_mut().for_each(Client::end_output);
+        }
         if matches!(self.guest, Guest::Ended) {
             if let Some(log) = log {
                 log.end(kind.log_name(), &mut self.line)?;
@@ -270,6 +280,10 @@ impl Channel {
         let length = match stream.read(buffer) {
             Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(false),
             Err(e) if e.kind() == io::ErrorKind::Interrupted => return Ok(false),
+            Ok(0) if self.kind == Kind::Port && !self.input_closed => {
+                self.output_ended = true;
+                return Ok(true);
+            }
             Ok(0) | Err(_) => {
                 self.guest = Guest::Ended;
                 return Ok(true);
@@ -311,6 +325,7 @@ impl Channel {
         }
         match self.kind {
             Kind::Stdin => self.guest = Guest::Ended,
+            Kind::Port if self.output_ended => self.guest = Guest::Ended,
             Kind::Port => {
                 self.input_closed = true;
                 drop(stream.shutdown(Shutdown::Write));
@@ -325,6 +340,14 @@ impl Client {
     /// Writes what it takes now; `false` if it has gone.
     fn flush(&mut self) -> bool {
         flush(&mut self.out, &mut self.socket)
+    }
+
+    /// Says, once it has everything, that no more output comes.
+    fn end_output(&mut self) {
+        if self.out.is_empty() && !std::mem::replace(&mut self.output_closed, true) {
+            // One that has gone is found when it is read.
+            drop(self.socket.shutdown(Shutdown::Write));
+        }
     }
 
     /// Writes `piece`, and keeps what it does not take now; whether it has gone is seen later.
@@ -466,8 +489,10 @@ mod tests {
                 write(&to_guest, &first);
                 to_guest.shutdown(Shutdown::Write).unwrap();
             }),
-            // The guest's end is the channel's: it comes when it has read all.
-            std::thread::spawn(move || write(&to_client, &second)),
+            std::thread::spawn(move || {
+                write(&to_client, &second);
+                to_client.shutdown(Shutdown::Write).unwrap();
+            }),
         ];
         let readers = [there, guest].map(|mut side| {
             std::thread::spawn(move || {
@@ -496,6 +521,37 @@ mod tests {
         for reader in readers {
             assert!(reader.join().unwrap() == bytes);
         }
+    }
+
+    #[test]
+    fn a_port_has_an_end_each_way() {
+        let (mut channel, mut guest) = connected(Kind::Port, true);
+        let mut there = client(&mut channel);
+        guest.write_all(b"all").unwrap();
+        guest.shutdown(Shutdown::Write).unwrap();
+        turns(&mut channel);
+        let mut text = String::new();
+        there.read_to_string(&mut text).unwrap();
+        assert_eq!(text, "all");
+        there.write_all(b"still").unwrap();
+        turns(&mut channel);
+        let mut bytes = [0; 5];
+        guest.read_exact(&mut bytes).unwrap();
+        assert_eq!(&bytes, b"still");
+        assert!(!channel.is_over());
+        there.shutdown(Shutdown::Write).unwrap();
+        turns(&mut channel);
+        assert!(channel.is_over());
+        drop(channel);
+        assert_eq!(guest.read(&mut bytes).unwrap(), 0);
+        // A guest that has gone altogether takes nothing, which is found when something is sent.
+        let (mut channel, guest) = connected(Kind::Port, true);
+        let mut there = client(&mut channel);
+        drop(guest);
+        turns(&mut channel);
+        there.write_all(b"nobody").unwrap();
+        turns(&mut channel);
+        assert!(channel.is_over());
     }
 
     #[test]
