@@ -17,11 +17,13 @@ use crate::vmm::spec::MachineSpec;
 ///   the cgroup accounting of the second one alone is 4 MiB that every guest touches;
 /// - `slub_min_objects=4`: half the objects in a slab that Linux would have. An idle pod has a few of most kinds, and
 ///   a new slab is touched as a whole;
+/// - `noreplace-smp`: with one CPU Linux overwrites each of its `lock` prefixes, thousands of them, and changes page
+///   tables twice for each;
 /// - `swiotlb=noforce`: no bounce buffers (64 MiB of them as soon as there is memory beyond 4 GiB): virtio
 ///   devices reach all of memory.
 pub const ALWAYS: &str = "panic=-1 reboot=k,panic_warm tsc=reliable no_timer_check \
                       rcupdate.rcu_expedited=1 cryptomgr.notests random.trust_cpu=on \
-                      percpu_alloc=page slub_min_objects=4 swiotlb=noforce";
+                      percpu_alloc=page slub_min_objects=4 noreplace-smp swiotlb=noforce";
 /// Without a serial port: no probing for one, no formatting of messages for nobody.
 pub const SILENT: &str = "quiet 8250.nr_uarts=0";
 /// With a serial port every message goes there.
