@@ -113,7 +113,6 @@ const PROMISES: &[Promise] = &[
         Ratio(false, "echo_ms_per_gib", [POD, "firecracker"]),
     ),
     here("streams.growth_kib", Guests(POD, "echo_growth_kib")),
-    here("streams.exits_per_mib", Guests(POD, "echo_exits_per_mib")),
     anywhere("reached.overhead_pss_mib", Guests(POD, "overhead_pss_mib")),
 ];
 
