@@ -123,7 +123,7 @@ fn answer_names(socket: &UdpSocket) {
 
 #[test]
 fn a_stream_arrives_with_the_right_checksum_at_both_mtus() {
-    // A soak sends a whole GiB: CUBE_E2E_STREAM_MIB=1024.
+    // A soak sends a whole GiB: CUBE_E2E_STREAM_MIB=1024 cargo xtask test --filter a_stream_arrives.
     let mib: usize = std::env::var("CUBE_E2E_STREAM_MIB").map_or(4, |mib| mib.parse().unwrap());
     for mtu in [1500, 9000] {
         let directory = tempfile::tempdir().unwrap();

@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use crate::error::{Error, Result};
+use crate::error::{Doing, Error, Result};
 use crate::run;
 
 /// To compile and link everything.
@@ -179,10 +179,13 @@ fn depends(text: &str, prefix: &str) -> Option<String> {
 
 /// Downloads `packages` into `directory` and unpacks them into `tree`, without installing them.
 pub(crate) fn unpack(packages: &[&str], directory: &Path, tree: &Path) -> Result<()> {
+    unpack_with(apt_get(), packages, directory, tree)
+}
+
+fn unpack_with(mut apt: Command, packages: &[&str], directory: &Path, tree: &Path) -> Result<()> {
     // As root, apt drops its privileges for the download unless the directory refuses: then it warns.
     run::captured(
-        apt_get()
-            .args(["-o", "APT::Sandbox::User=root", "download"])
+        apt.args(["-o", "APT::Sandbox::User=root", "download"])
             .args(packages)
             .current_dir(directory),
     )?;
@@ -191,6 +194,76 @@ pub(crate) fn unpack(packages: &[&str], directory: &Path, tree: &Path) -> Result
         run::captured(Command::new("dpkg").arg("-x").arg(&archive).arg(tree))?;
     }
     Ok(())
+}
+
+/// The suite of newer packages for this Debian release, which need not be among the machine's own sources.
+pub(crate) struct Backports {
+    /// The mirror that the release itself comes from.
+    mirror: String,
+    name: String,
+}
+
+impl Backports {
+    /// # Errors
+    /// The release has no name, or none of apt's sources has it.
+    pub(crate) fn of_this_release() -> Result<Self> {
+        let path = Path::new("/etc/os-release");
+        let release = std::fs::read_to_string(path).doing("read", path)?;
+        let targets = run::captured(Command::new("apt-get").args([
+            "indextargets",
+            "--format",
+            "$(SITE) $(CODENAME)",
+            "Created-By: Packages",
+        ]))?;
+        Self::of(&release, &targets).ok_or_else(|| {
+            Error::Said("none of apt's sources is that of the release in /etc/os-release".into())
+        })
+    }
+
+    fn of(os_release: &str, targets: &str) -> Option<Self> {
+        let codename = os_release
+            .lines()
+            .find_map(|line| line.strip_prefix("VERSION_CODENAME="))?;
+        let mirror = targets
+            .lines()
+            .filter_map(|line| line.split_once(' '))
+            .find_map(|(site, of)| (of == codename).then_some(site))?;
+        Some(Self {
+            mirror: mirror.to_owned(),
+            name: format!("{codename}-backports"),
+        })
+    }
+
+    /// The suite's name.
+    pub(crate) fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Downloads `packages` and unpacks them into `tree`, without installing them and without a change to the machine's
+    /// own sources.
+    pub(crate) fn unpack(&self, packages: &[&str], tree: &Path) -> Result<()> {
+        let scratch = tempfile::tempdir().doing("create a directory in", &std::env::temp_dir())?;
+        let at = |name: &str| scratch.path().join(name);
+        for name in ["lists", "cache"] {
+            std::fs::create_dir(at(name)).doing("create", &at(name))?;
+        }
+        let sources = format!("deb {} {} main\n", self.mirror, self.name);
+        std::fs::write(at("sources"), sources).doing("write", &at("sources"))?;
+        let apt = || {
+            let mut apt = apt_get();
+            for (option, value) in [
+                ("Dir::Etc::sourcelist", at("sources")),
+                ("Dir::Etc::sourceparts", at("none")),
+                ("Dir::State::lists", at("lists")),
+                ("Dir::Cache", at("cache")),
+            ] {
+                apt.arg("-o").arg(format!("{option}={}", value.display()));
+            }
+            apt
+        };
+        run::captured(apt().args(["-o", "APT::Sandbox::User=root", "update"]))?;
+        unpack_with(apt(), packages, &at("cache"), tree)
+    }
 }
 
 fn downloaded(directory: &Path, package: &str) -> Result<PathBuf> {
@@ -228,6 +301,18 @@ mod tests {
             absent(&installed, &[&["bc", "gcc"], &["bison", "bc"]]),
             ["bc", "bison"]
         );
+    }
+
+    #[test]
+    fn backports_are_of_the_release_and_from_its_mirror() {
+        let release = "ID=debian\nVERSION_CODENAME=bookworm\n";
+        let targets =
+            "http://deb.example/security bookworm-security\nhttp://deb.example/debian bookworm\n";
+        let suite = Backports::of(release, targets).unwrap();
+        assert_eq!(suite.mirror, "http://deb.example/debian");
+        assert_eq!(suite.name(), "bookworm-backports");
+        assert!(Backports::of(release, "http://deb.example/debian trixie\n").is_none());
+        assert!(Backports::of("ID=other\n", targets).is_none());
     }
 
     #[test]

@@ -32,7 +32,7 @@ const MIN_SHARE: usize = 6;
 /// When the watchdog ends a testbed.
 const SHARE_TIMEOUT: Duration = Duration::from_secs(20 * 60);
 
-/// No test is silent for so long, on a busy machine either.
+/// No test of a whole run is silent for so long, on a busy machine either.
 const SILENCE: Duration = Duration::from_secs(4 * 60);
 
 /// Bytes of a line that are shown in one piece.
@@ -51,7 +51,14 @@ pub(super) fn run(parts: &Parts, filter: Option<&str>) -> Result<Counts> {
         return Ok(Counts::default());
     }
     match &parts.outer {
-        Some(outer) => in_testbed(outer, parts, &test, names),
+        // Who chooses tests may choose one that is silent for long, and watches it.
+        Some(outer) => in_testbed(
+            outer,
+            parts,
+            &test,
+            names,
+            filter.is_none().then_some(SILENCE),
+        ),
         None => directly(parts, &test, filter),
     }
 }
@@ -80,6 +87,7 @@ fn in_testbed(
     parts: &Parts,
     test: &Path,
     names: BTreeSet<String>,
+    silence: Option<Duration>,
 ) -> Result<Counts> {
     let suite = Mutex::new(Suite::new(names));
     let lane = || -> Result<()> {
@@ -88,7 +96,7 @@ fn in_testbed(
             let Some(share) = locked(&suite).next_share() else {
                 return Ok(());
             };
-            let ran = boot(outer, parts, test, &share)?;
+            let ran = boot(outer, parts, test, &share, silence)?;
             locked(&suite).take(share, ran)?;
         }
     };
@@ -199,10 +207,16 @@ impl Suite {
 }
 
 /// One boot of the testbed for these tests.
-fn boot(outer: &Outer, parts: &Parts, test: &Path, names: &BTreeSet<String>) -> Result<Ran> {
+fn boot(
+    outer: &Outer,
+    parts: &Parts,
+    test: &Path,
+    names: &BTreeSet<String>,
+    silence: Option<Duration>,
+) -> Result<Ran> {
     let watched = Verdicts::default();
     let job = job(parts, test, names)?;
-    let limits = limits(SHARE_TIMEOUT, Some(SILENCE));
+    let limits = limits(SHARE_TIMEOUT, silence);
     let status = testbed::exec(outer, &limits, &job, watched.clone())?;
     Ok((status, finished(&watched)?))
 }

@@ -9,6 +9,7 @@ use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
+use super::qemu::Qemu;
 use crate::cache::{Cache, Key};
 use crate::error::{Doing, Error, Result};
 use crate::{apt, binaries, run};
@@ -32,9 +33,11 @@ const LAZY: &str = "veth bridge dummy macvlan macvtap vxlan ifb vhost_net act_mi
     nfsv3 nfsv4 nfs loop nbd ext4 erofs fuse dm_mod configfs inet_diag tcp_diag unix_diag vsock vsock_diag \
     vhost_vsock null_blk crc32c_generic";
 
-/// Files that QEMU boots.
+/// QEMU, and the files that it boots.
 #[derive(Debug, Clone)]
 pub(crate) struct Outer {
+    /// The emulator.
+    pub(crate) qemu: Qemu,
     /// Debian's kernel.
     pub(crate) kernel: PathBuf,
     /// Our initramfs.
@@ -57,11 +60,13 @@ impl Outer {
         let found = cache.entry("testbed", &key, |directory| {
             make(&package, &init, directory)
         })?;
+        let (qemu, had_qemu) = Qemu::find_or_make(cache)?;
         let outer = Self {
+            qemu,
             kernel: found.directory.join("vmlinuz"),
             initramfs: found.directory.join("initramfs"),
         };
-        Ok((outer, found.cached))
+        Ok((outer, found.cached && had_qemu))
     }
 }
 

@@ -5,7 +5,7 @@ use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io::{Write, stderr};
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Stdio};
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -14,6 +14,7 @@ use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use super::follow::Follower;
 use super::initramfs::Outer;
 use super::job::{Job, read_status};
+use super::qemu::Qemu;
 use super::{DIED, TIMED_OUT};
 use crate::error::{Doing, Error, Result};
 use crate::run::last_lines;
@@ -71,7 +72,7 @@ pub(super) fn run(
         Follower::start(&path.join("stdout"), sink)?,
         Follower::start(&path.join("stderr"), stderr())?,
     ];
-    let end = start_and_wait(&arguments(outer, limits, &files), path, limits);
+    let end = start_and_wait(&outer.qemu, &arguments(outer, limits, &files), path, limits);
     // QEMU is gone: what it wrote is all there is.
     for stream in streams {
         stream.finish()?;
@@ -106,26 +107,31 @@ enum End {
 }
 
 /// Starts QEMU and waits for its end, or brings it about.
-fn start_and_wait(arguments: &[OsString], path: &Path, limits: &Limits) -> Result<End> {
+fn start_and_wait(
+    qemu: &Qemu,
+    arguments: &[OsString],
+    path: &Path,
+    limits: &Limits,
+) -> Result<End> {
     let log_path = path.join("qemu");
     let log = File::create(&log_path).doing("create", &log_path)?;
     let also = log.try_clone().doing("duplicate", &log_path)?;
-    let program = "qemu-system-x86_64";
-    let mut child = Command::new(program)
+    let mut child = qemu
+        .command()
         .args(arguments)
         .stdin(Stdio::null())
         .stdout(log)
         .stderr(also)
         .spawn()
         .map_err(|source| Error::Start {
-            program: program.into(),
+            program: qemu.program().display().to_string(),
             source,
         })?;
     let waited = wait(&child, limits, &path.join("stdout"));
     if !matches!(waited, Ok(End::OfItself)) {
         let _ = child.kill();
     }
-    child.wait().doing("wait for", Path::new(program))?;
+    child.wait().doing("wait for", qemu.program())?;
     waited
 }
 
@@ -250,6 +256,8 @@ fn without_feature_warnings(text: &str) -> String {
 
 #[cfg(test)]
 mod tests {
+    use std::process::Command;
+
     use super::*;
 
     #[test]
@@ -262,6 +270,7 @@ mod tests {
     #[test]
     fn the_host_is_read_only_and_odd_paths_survive() {
         let outer = Outer {
+            qemu: Qemu::installed(),
             kernel: "/k".into(),
             initramfs: "/i".into(),
         };

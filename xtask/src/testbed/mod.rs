@@ -17,6 +17,7 @@ mod follow;
 mod initramfs;
 mod job;
 mod machine;
+mod qemu;
 
 use std::ffi::OsString;
 use std::io::Write;
@@ -50,7 +51,7 @@ long; 125: the outer machine died.
 
 Examples:
   cargo xtask testbed -- ls -l /dev/kvm
-  cargo xtask testbed --timeout 60 -- target/debug/cube run ./image -- uname -a
+  cargo xtask testbed --timeout 60 -- target/x86_64-unknown-linux-gnu/debug/cube run ./image -- uname -a
   cargo xtask testbed --out results -- sh -c 'dmesg > $CUBE_TESTBED_OUT/dmesg'"
 )]
 pub(crate) struct Options {
