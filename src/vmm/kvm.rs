@@ -3,7 +3,9 @@
 //! The order of the calls is chosen by measurement. The interrupt chip is *split*: local APICs in the
 //! kernel, the I/O APIC here (`ioapic`). Creating the whole chip in the kernel puts five devices on KVM's
 //! buses, and each change of a bus or of the memory map then waits for a grace period: 7 ms or more
-//! on some hosts. Split, nothing waits, and irqfds are MSIs, which KVM delivers without a detour.
+//! on some hosts. Split, only the memory map waits, and irqfds are MSIs, which KVM delivers without a detour.
+//! That wait ends when a kernel thread of the first CPU has run, which waits itself for whoever is in the kernel
+//! there: so the memory comes last, when no other thread of the machine has anything to do.
 //!
 //! Unsafe because the kernel is told where guest memory lies in this process.
 #![allow(unsafe_code)]
@@ -68,7 +70,7 @@ fn open_at(path: &std::ffi::CStr) -> Result<Kvm, KvmError> {
     })
 }
 
-/// A VM with memory and local APICs. It keeps the memory alive as long as KVM may use it.
+/// A VM with local APICs. It keeps the guest's memory alive as long as KVM may use it.
 pub struct Vm {
     // Dropped in this order: KVM's hold on the memory ends before the memory does.
     fd: Arc<VmFd>,
@@ -76,7 +78,8 @@ pub struct Vm {
 }
 
 impl Vm {
-    /// Creates the VM: split interrupt chip with that many I/O APIC pins, then the memory.
+    /// Creates the VM, whose split interrupt chip has that many I/O APIC pins. KVM does not know the memory until
+    /// [`Vm::set_memory`].
     ///
     /// # Errors
     /// The call that failed.
@@ -89,15 +92,17 @@ impl Vm {
         split.args[0] = pins.into();
         fd.enable_cap(&split)
             .map_err(KvmError::call("split the interrupt chip"))?;
-        let vm = Self {
+        Ok(Self {
             fd: Arc::new(fd),
             memory,
-        };
-        vm.set_memory()?;
-        Ok(vm)
+        })
     }
 
-    fn set_memory(&self) -> Result<(), KvmError> {
+    /// Gives the guest its memory: once, before a vCPU runs.
+    ///
+    /// # Errors
+    /// The call that failed.
+    pub fn set_memory(&self) -> Result<(), KvmError> {
         for (slot, region) in (0..).zip(self.memory.iter()) {
             let userspace_addr = region.as_ptr() as u64;
             let region = kvm_userspace_memory_region {

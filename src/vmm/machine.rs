@@ -136,10 +136,6 @@ impl Machine {
         let vm = Vm::create(&kvm, memory, layout::ioapic_pins(spec.slots()))?;
         timeline.record(Stage::VmCreated);
         let vcpus = create_vcpus(&vm, spec.cpus)?;
-        let model = first_of(&crew.model)??;
-        for (id, vcpu) in (0..).zip(&vcpus) {
-            model.apply(vcpu, id)?;
-        }
         let mut machine = Self::assemble(spec, vm, vcpus, timeline)?;
         machine.threads = crew.threads;
         machine.attach(devices, nets)?;
@@ -147,9 +143,15 @@ impl Machine {
             machine.platform.stats.watch(&machine.vcpus);
         }
         let rest = boot::load_rest(machine.vm.memory(), spec, init)?;
+        // What does not need the other thread's answers is done by now: it is long at the CPUID.
+        let model = first_of(&crew.model)??;
+        for (id, vcpu) in (0..).zip(&machine.vcpus) {
+            model.apply(vcpu, id)?;
+        }
         let kernel = first_of(&crew.kernel)??;
         timeline.record(Stage::KernelLoaded);
         machine.enter(rest.entry(kernel, spec)?)?;
+        machine.vm.set_memory()?;
         Ok(machine)
     }
 

@@ -10,8 +10,8 @@ use crate::error::{Error, Result};
 use crate::run;
 use crate::steps::{Outcome, Steps};
 
-/// The guest's target, named so that its flags reach nothing that runs at build time.
-const INIT_TARGET: &str = "x86_64-unknown-linux-gnu";
+/// What everything is built for (.cargo/config.toml), named so that its flags reach nothing that runs at build time.
+const TARGET: &str = "x86_64-unknown-linux-gnu";
 
 /// How the host's binaries are built.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -95,7 +95,7 @@ pub(crate) fn init(steps: &mut Steps) -> Result<PathBuf> {
                 "cube-guest",
                 "--bins",
             ])
-            .args(["--target", INIT_TARGET, "--target-dir"])
+            .args(["--target", TARGET, "--target-dir"])
             .arg(&directory)
             // Flags from the environment would go before the target's.
             .env_remove("RUSTFLAGS")
@@ -105,10 +105,7 @@ pub(crate) fn init(steps: &mut Steps) -> Result<PathBuf> {
                 INIT_FLAGS,
             );
         run::shown(&mut build)?;
-        Ok((
-            directory.join(INIT_TARGET).join("init/cube-init"),
-            Outcome::Done,
-        ))
+        Ok((directory.join(TARGET).join("init/cube-init"), Outcome::Done))
     })
 }
 
@@ -126,7 +123,7 @@ pub(crate) fn host(steps: &mut Steps, profile: Profile) -> Result<PathBuf> {
             }
         };
         run::shown(&mut build)?;
-        Ok((directory.join(name), Outcome::Done))
+        Ok((directory.join(TARGET).join(name), Outcome::Done))
     })
 }
 
