@@ -1,6 +1,9 @@
 //! Compiles `resources/seccomp/*.json` into BPF programs: `cube-vmm` installs them as they are.
 #![forbid(unsafe_code)]
 
+#[path = "src/vmm/seccomp/search.rs"]
+mod search;
+
 use std::error::Error;
 use std::fmt::Write as _;
 use std::fs::{self, File};
@@ -13,12 +16,14 @@ const ROLES: [&str; 3] = ["worker", "vcpu", "vhost_user"];
 
 fn main() -> Result<(), Box<dyn Error>> {
     println!("cargo::rerun-if-changed=resources/seccomp");
+    println!("cargo::rerun-if-changed=src/vmm/seccomp/search.rs");
     let mut source = String::new();
     for role in ROLES {
         let path = format!("resources/seccomp/{role}.json");
         let filters = compile_from_json(File::open(&path)?, TargetArch::x86_64)
             .map_err(|error| format!("{path}: {error}"))?;
-        let program = filters.get(role).ok_or(format!("{path} has no `{role}`"))?;
+        let chain = filters.get(role).ok_or(format!("{path} has no `{role}`"))?;
+        let program = search::arranged(chain).ok_or("seccompiler writes filters in another way")?;
         writeln!(source, "/// `{path}`, compiled.")?;
         writeln!(
             source,

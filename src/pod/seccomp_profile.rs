@@ -38,12 +38,16 @@ use seccompiler::{
 use serde::Deserialize;
 use syscalls::x86_64::Sysno;
 
+use crate::vmm::seccomp::search;
+
 /// `errnoRet` where the profile has none.
 const EPERM: u32 = 1;
 /// The kernel's MAX_ERRNO: the largest that a system call can fail with.
 const MAX_ERRNO: u32 = 4095;
 /// SECCOMP_RET_DATA: the data of an action.
 const MAX_DATA: u32 = 0xffff;
+/// The longest program that the kernel takes (BPF_MAXINSNS, linux/bpf_common.h).
+const MAX_LENGTH: usize = 4096;
 /// Arguments of a system call (`struct seccomp_data`).
 const ARGUMENTS: u8 = 6;
 
@@ -177,8 +181,9 @@ fn program(
     matched: SeccompAction,
 ) -> Result<Vec<u64>, ProfileError> {
     let filter = SeccompFilter::new(calls, others, matched, TargetArch::x86_64)?;
-    let program: BpfProgram = filter.try_into()?;
-    Ok(program.iter().map(word).collect())
+    let chain: BpfProgram = filter.try_into()?;
+    let found = search::arranged(&chain).filter(|program| program.len() <= MAX_LENGTH);
+    Ok(found.unwrap_or(chain).iter().map(word).collect())
 }
 
 /// `struct sock_filter` (linux/filter.h) as a little-endian word.

@@ -8,6 +8,8 @@
 //! Unsafe for the signal handler that says the sentence.
 #![allow(unsafe_code)]
 
+pub(crate) mod search;
+
 use std::io;
 
 use seccompiler::{apply_filter, sock_filter};
