@@ -1,8 +1,8 @@
 //! The QEMU that the outer machine runs in: the installed one, or, where that is too old, the one of the release's
 //! backports, unpacked in the cache and not installed.
 //!
-//! QEMU 7.2, Debian 12's, does not tell KVM when a guest writes XCR0. KVM then runs the guest with another value, under
-//! which the guest's XSAVE saves no SSE register, and a process finds another's in its own.
+//! QEMU 7.2, Debian 12's, hangs far more often, and does not tell KVM when a guest writes XCR0, so that Linux goes on
+//! without XSAVE (docs/decisions.md, 45).
 #![forbid(unsafe_code)]
 
 use std::ffi::OsString;
