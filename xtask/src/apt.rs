@@ -179,16 +179,18 @@ fn depends(text: &str, prefix: &str) -> Option<String> {
 
 /// Downloads `packages` into `directory` and unpacks them into `tree`, without installing them.
 pub(crate) fn unpack(packages: &[&str], directory: &Path, tree: &Path) -> Result<()> {
-    unpack_with(apt_get(), packages, directory, tree)
+    unpack_with(unconfined(), packages, directory, tree)
+}
+
+/// As root, apt drops its privileges for a download unless the directory refuses: then it warns.
+fn unconfined() -> Command {
+    let mut apt = apt_get();
+    apt.args(["-o", "APT::Sandbox::User=root"]);
+    apt
 }
 
 fn unpack_with(mut apt: Command, packages: &[&str], directory: &Path, tree: &Path) -> Result<()> {
-    // As root, apt drops its privileges for the download unless the directory refuses: then it warns.
-    run::captured(
-        apt.args(["-o", "APT::Sandbox::User=root", "download"])
-            .args(packages)
-            .current_dir(directory),
-    )?;
+    run::captured(apt.arg("download").args(packages).current_dir(directory))?;
     for package in packages {
         let archive = downloaded(directory, package)?;
         run::captured(Command::new("dpkg").arg("-x").arg(&archive).arg(tree))?;
@@ -250,7 +252,7 @@ impl Backports {
         let sources = format!("deb {} {} main\n", self.mirror, self.name);
         std::fs::write(at("sources"), sources).doing("write", &at("sources"))?;
         let apt = || {
-            let mut apt = apt_get();
+            let mut apt = unconfined();
             for (option, value) in [
                 ("Dir::Etc::sourcelist", at("sources")),
                 ("Dir::Etc::sourceparts", at("none")),
@@ -261,7 +263,7 @@ impl Backports {
             }
             apt
         };
-        run::captured(apt().args(["-o", "APT::Sandbox::User=root", "update"]))?;
+        run::captured(apt().arg("update"))?;
         unpack_with(apt(), packages, &at("cache"), tree)
     }
 }

@@ -1,3 +1,5 @@
+use rustix::event::Timespec;
+
 use super::*;
 
 fn connected(kind: Kind, needs_client: bool) -> (Channel, UnixStream) {
@@ -12,6 +14,13 @@ fn client(channel: &mut Channel) -> UnixStream {
     server.set_nonblocking(true).unwrap();
     channel.attach(server, Vec::new());
     client
+}
+
+/// What a poll finds of what the channel waits for.
+fn polled(channel: &Channel, timeout: Option<&Timespec>) -> Ready {
+    let mut interests = Vec::new();
+    channel.interests(&mut interests);
+    Ready::wait(interests, timeout).unwrap()
 }
 
 fn turns(channel: &mut Channel) {
@@ -96,9 +105,7 @@ fn bytes_keep_their_order_whatever_each_side_takes_at_a_time() {
     });
     let mut buffer = [0; PIECE];
     while !channel.is_over() {
-        let mut interests = Vec::new();
-        channel.interests(&mut interests);
-        let ready = Ready::wait(interests, None).unwrap();
+        let ready = polled(&channel, None);
         channel.turn(&ready, &mut buffer, None).unwrap();
     }
     drop(channel);
@@ -181,9 +188,7 @@ fn an_input_that_ended_before_the_guest_came_ends_then() {
     turns(&mut channel);
     let (mut guest, host) = UnixStream::pair().unwrap();
     channel.connect(host).unwrap();
-    let mut interests = Vec::new();
-    channel.interests(&mut interests);
-    let ready = Ready::wait(interests, None).unwrap();
+    let ready = polled(&channel, None);
     channel.turn(&ready, &mut [0; PIECE], None).unwrap();
     assert_eq!(guest.read(&mut [0]).unwrap(), 0);
 }
@@ -194,10 +199,8 @@ fn a_port_whose_client_has_said_all_does_not_keep_the_loop_awake() {
     let writer = client(&mut channel);
     writer.shutdown(Shutdown::Write).unwrap();
     turns(&mut channel);
-    let mut interests = Vec::new();
-    channel.interests(&mut interests);
-    let now = rustix::event::Timespec::default();
-    assert!(Ready::wait(interests, Some(&now)).unwrap().is_empty());
+    let now = Timespec::default();
+    assert!(polled(&channel, Some(&now)).is_empty());
 }
 
 #[test]
@@ -208,9 +211,7 @@ fn what_is_not_ready_is_not_read() {
     let mut buffer = [0; PIECE];
     let nothing = Ready::default();
     assert!(!channel.turn(&nothing, &mut buffer, None).unwrap());
-    let mut interests = Vec::new();
-    channel.interests(&mut interests);
-    let ready = Ready::wait(interests, None).unwrap();
+    let ready = polled(&channel, None);
     assert!(channel.turn(&ready, &mut buffer, None).unwrap());
     let mut byte = [0];
     reader.read_exact(&mut byte).unwrap();

@@ -43,10 +43,12 @@ pub(crate) fn arranged(chain: &[sock_filter]) -> Option<Vec<sock_filter>> {
         calls.push(call);
         rest = others;
     }
-    let sorted = calls.is_sorted_by(|a, b| a.number < b.number);
+    if !calls.is_sorted_by(|a, b| a.number < b.number) {
+        return None;
+    }
     let mut program = head.to_vec();
     find(&calls, default, &mut program);
-    sorted.then_some(program)
+    Some(program)
 }
 
 /// Splits the first system call off: `if number == N goto rules; goto others; rules`, in two jumps. Where there are
@@ -82,15 +84,12 @@ fn find(calls: &[Call<'_>], default: &sock_filter, program: &mut Vec<sock_filter
         _ => {
             let (low, high) = calls.split_at(calls.len() / 2);
             let from = high.first().map_or(0, |call| call.number);
+            let mut below = Vec::new();
+            find(low, default, &mut below);
             program.push(step(JGE, 0, 1, from));
-            let jump = program.len();
-            program.push(step(JA, 0, 0, 0));
-            find(low, default, program);
             // A filter has at most 4096 instructions.
-            let over = (program.len() - jump - 1) as u32;
-            if let Some(step) = program.get_mut(jump) {
-                step.k = over;
-            }
+            program.push(step(JA, 0, 0, below.len() as u32));
+            program.append(&mut below);
             find(high, default, program);
         }
     }

@@ -1,8 +1,8 @@
 //! The QEMU that the outer machine runs in: the installed one, or, where that is too old, the one of the release's
 //! backports, unpacked in the cache and not installed.
 //!
-//! QEMU 7.2, Debian 12's, hangs far more often, and does not tell KVM when a guest writes XCR0, so that Linux goes on
-//! without XSAVE (docs/decisions.md, 45).
+//! QEMU 7.2, Debian 12's, hangs far more often, and Linux in its guests finds XSAVE wrong and goes on without it
+//! (docs/decisions.md, 45).
 #![forbid(unsafe_code)]
 
 use std::ffi::OsString;
