@@ -11,8 +11,8 @@ pub const MARKER: u8 = 0x07;
 /// NAK: the guest lacks what it was to use.
 pub const ABSENT: u8 = 0x15;
 
-/// Where the kernel is loaded and entered.
-const ADDRESS: u64 = 0x10_0000;
+/// Where the kernel is loaded and entered: no lower, because crosvm refuses a kernel below 2 MiB.
+const ADDRESS: u64 = 0x20_0000;
 /// Where the code is in the file: loaders want pages.
 const CODE_OFFSET: u64 = 0x1000;
 const HEADER_SIZE: u64 = 64;
@@ -100,5 +100,15 @@ mod tests {
         let second = first + PROGRAM_HEADER_SIZE as usize;
         let note = word(second + 8) as usize;
         assert_eq!(&elf[note + 12..note + 16], b"Xen\0");
+    }
+
+    #[test]
+    fn it_is_loaded_where_every_vmm_takes_a_kernel() {
+        // `KERNEL_START_OFFSET` of crosvm, which is the highest of them.
+        const LOWEST: u64 = 2 << 20;
+        let elf = tiny_kernel();
+        let first = HEADER_SIZE as usize;
+        let physical = elf[first + 24..first + 32].try_into().expect("eight bytes");
+        assert!(u64::from_le_bytes(physical) >= LOWEST);
     }
 }
