@@ -27,6 +27,9 @@ pub struct Peer {
     /// The floor's order of calls, once it is found.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub order: Option<&'static str>,
+    /// Options, known to this build, that leave out devices which no machine here uses.
+    #[serde(skip)]
+    pub leaves_out: Vec<&'static str>,
 }
 
 /// The VMMs known here.
@@ -107,12 +110,17 @@ impl Kind {
         let output = Command::new(&path).arg(self.version_flag()).output()?;
         let text = String::from_utf8_lossy(&output.stdout);
         let version = text.lines().next().unwrap_or("unknown").trim().to_owned();
+        let leaves_out = match self {
+            Self::Crosvm => known_options(&path, &CROSVM_LEAVES_OUT)?,
+            _ => Vec::new(),
+        };
         Ok(Peer {
             name: self.program().to_owned(),
             kind: self,
             path,
             version,
             order: None,
+            leaves_out,
         })
     }
 
@@ -127,6 +135,18 @@ impl Kind {
 /// The orders of its calls that the floor is tried with: memory, interrupt chip, vCPU. A chip cannot be split once
 /// there is a vCPU.
 pub const FLOOR_ORDERS: [&str; 3] = ["imv", "ivm", "miv"];
+
+/// With these crosvm leaves out devices that it has by default and no machine here uses. Built without a balloon, it does
+/// not know the first, and ends.
+const CROSVM_LEAVES_OUT: [&str; 3] = ["--no-balloon", "--no-rng", "--no-usb"];
+
+/// Those of `options` that `crosvm run` says it knows.
+fn known_options(crosvm: &Path, options: &[&'static str]) -> io::Result<Vec<&'static str>> {
+    let output = Command::new(crosvm).args(["run", "--help"]).output()?;
+    let help = String::from_utf8_lossy(&output.stdout);
+    let known = |option: &&&str| help.split_whitespace().any(|word| word == **option);
+    Ok(options.iter().filter(known).copied().collect())
+}
 
 /// Looks for `program` beside this executable, then in `PATH`.
 pub fn find(program: &str) -> Option<PathBuf> {
@@ -171,7 +191,11 @@ impl Peer {
             }
             Kind::CloudHypervisor => cloud_hypervisor(&mut command, machine),
             Kind::Qemu => qemu(&mut command, machine),
-            Kind::Crosvm => crosvm(&mut command, machine),
+            Kind::Crosvm => {
+                command.args(["run", "--disable-sandbox"]);
+                command.args(&self.leaves_out);
+                crosvm(&mut command, machine);
+            }
         }
         Ok(command)
     }
@@ -291,13 +315,6 @@ fn qemu(command: &mut Command, machine: &Machine) {
 }
 
 fn crosvm(command: &mut Command, machine: &Machine) {
-    command.args([
-        "run",
-        "--disable-sandbox",
-        "--no-balloon",
-        "--no-rng",
-        "--no-usb",
-    ]);
     command.args(["--serial", "type=stdout,hardware=serial,num=1"]);
     command.args([
         "--cpus",

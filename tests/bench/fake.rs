@@ -23,7 +23,6 @@ const STARTED: &str = "CUBE_TEST_FAKE_STARTED";
 
 /// A program that is the fake in that mode. It notes when it was started.
 pub(crate) fn script(directory: &Path, mode: &str) -> PathBuf {
-    let path = directory.join(format!("vmm-{mode}"));
     let program = std::env::current_exe().expect("this program");
     let script = format!(
         "#!/bin/sh\n[ \"$1\" != --version ] || {{ echo fake 1; exit; }}\n\
@@ -31,9 +30,27 @@ pub(crate) fn script(directory: &Path, mode: &str) -> PathBuf {
         directory.display(),
         program.display()
     );
-    fs::write(&path, script).expect("a script");
-    fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).expect("a mode");
-    path
+    executable(&directory.join(format!("vmm-{mode}")), &script)
+}
+
+fn executable(path: &Path, script: &str) -> PathBuf {
+    fs::write(path, script).expect("a script");
+    fs::set_permissions(path, fs::Permissions::from_mode(0o755)).expect("a mode");
+    path.to_owned()
+}
+
+/// A crosvm that knows these options of `run`, and ends like the real one when it is given another that leaves a device
+/// out. Its guest runs at once.
+pub(crate) fn crosvm(directory: &Path, options: &[&str]) -> PathBuf {
+    let known = options.join("|");
+    let help = options.join("  leaves it out\n  ");
+    let script = format!(
+        "#!/bin/sh\n[ \"$1\" != version ] || {{ echo crosvm 1; exit; }}\n\
+         [ \"$2\" != --help ] || {{ echo '  {help}  leaves it out'; exit; }}\n\
+         for word; do case $word in {known}) ;; --no-*) echo \"Unrecognized argument: $word\" >&2; exit 35;; esac; done\n\
+         printf '\\007'; exec sleep 1000\n"
+    );
+    executable(&directory.join("crosvm"), &script)
 }
 
 #[test]

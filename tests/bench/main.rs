@@ -4,7 +4,7 @@
 mod fake;
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use cube::bench::density::{self, Sizes};
@@ -18,9 +18,12 @@ const ROUNDS: Rounds = Rounds {
 };
 
 fn row(directory: &Path, mode: &str) -> Row {
-    let peer = Kind::Firecracker
-        .at(fake::script(directory, mode))
-        .expect("it says its version");
+    let vmm = fake::script(directory, mode);
+    row_of(directory, mode, Kind::Firecracker, vmm)
+}
+
+fn row_of(directory: &Path, name: &str, kind: Kind, vmm: PathBuf) -> Row {
+    let peer = kind.at(vmm).expect("it says its version");
     let machine = Machine {
         name: "fake".to_owned(),
         kernel: directory.join("none"),
@@ -37,7 +40,7 @@ fn row(directory: &Path, mode: &str) -> Row {
         linux: Some(machine),
         disk: None,
     };
-    Row::new(mode.to_owned(), contender)
+    Row::new(name.to_owned(), contender)
 }
 
 fn measured(directory: &Path, modes: &[&str]) -> Vec<Row> {
@@ -162,6 +165,29 @@ fn one_that_crashes_or_hangs_is_a_row_that_says_so_and_the_others_are_measured()
         ("", 2)
     );
     assert!(failures[3].contains("not found"), "{failures:?}");
+}
+
+#[test]
+fn a_crosvm_is_told_to_leave_out_what_its_build_knows_and_nothing_else() {
+    let directory = tempfile::tempdir().expect("a directory");
+    for known in [
+        &["--no-balloon", "--no-rng", "--no-usb"][..],
+        &["--no-rng", "--no-usb"],
+    ] {
+        let vmm = fake::crosvm(directory.path(), known);
+        let mut rows = [row_of(directory.path(), "crosvm", Kind::Crosvm, vmm)];
+        let Contender::Vmm { peer, tiny, .. } = &rows[0].contender else {
+            panic!("a VMM");
+        };
+        let machine = tiny.as_ref().expect("a machine");
+        let command = peer.command(machine, directory.path()).expect("a command");
+        let mut left_out: Vec<_> = command.get_args().collect();
+        left_out.retain(|word| word.to_string_lossy().starts_with("--no-"));
+        assert_eq!(left_out, known);
+        run(&mut rows, ROUNDS, directory.path(), &mut || ()).expect("the harness runs");
+        assert_eq!(rows[0].failure, None);
+        assert_eq!(rows[0].figures["vmm_start_ms"].len(), 2);
+    }
 }
 
 #[test]
