@@ -57,11 +57,13 @@ pub enum RunError {
     Odd(String),
 }
 
+/// The last line. crosvm says why it ends, and then, as a mere note, that it does: such a line counts only where there is
+/// no other.
 fn last_words(output: &str) -> String {
-    output
-        .lines()
-        .rev()
-        .find(|line| !line.trim().is_empty())
+    let lines = || output.lines().rev().filter(|line| !line.trim().is_empty());
+    lines()
+        .find(|line| !line.contains(" INFO "))
+        .or_else(|| lines().next())
         .map_or_else(String::new, |line| {
             let line: String = line.chars().filter(|c| !c.is_control()).take(160).collect();
             format!(": {line}")
@@ -371,6 +373,16 @@ mod tests {
         let lingers = run("printf '\\007'; exec sleep 1000").finish(deadline);
         let text = lingers.expect_err("it goes on").to_string();
         assert_eq!(text, "did not end its work within 0.1 s");
+    }
+
+    #[test]
+    fn last_words_are_the_reason_and_not_the_note_after_it() {
+        let crosvm = "[14:10 ERROR crosvm] arg parsing failed: Unrecognized argument: --x\n\n\
+                      [14:10 INFO  crosvm] invalid argument\n";
+        let words = last_words(crosvm);
+        assert!(words.ends_with("Unrecognized argument: --x"), "{words}");
+        assert_eq!(last_words("a INFO b\n\n"), ": a INFO b");
+        assert_eq!(last_words("\n"), "");
     }
 
     #[test]
