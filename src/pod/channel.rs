@@ -3,6 +3,9 @@
 //! Bytes are copied in bounded pieces: the guest is read only when the log has them and every attached
 //! client has taken the piece before. A slow client therefore delays its own stream and nothing else, and
 //! what waits for it is one piece here and the stream's credit in the guest.
+//!
+//! A stream that has one client in its life and no log is not copied at all: when both ends are there it is passed on,
+//! and the vsock device moves its bytes (`vmm/virtio/vsock/passing.rs`).
 #![forbid(unsafe_code)]
 
 use std::io::{self, Read, Write};
@@ -14,6 +17,7 @@ use rustix::event::PollFlags;
 
 use super::log_file::{Line, LogFile};
 use super::ready::Ready;
+use crate::vmm::virtio::vsock::passing::{self, Until};
 
 /// Bytes copied at a time: the size of the buffer that every channel is turned with.
 pub(crate) const PIECE: usize = 64 << 10;
@@ -81,6 +85,8 @@ impl Kind {
 enum Guest {
     Awaited,
     Connected(UnixStream),
+    /// Its bytes pass us by; it hangs up when the stream has ended.
+    PassedOn(UnixStream),
     Ended,
 }
 
@@ -105,6 +111,8 @@ pub(crate) struct Channel {
     clients: Vec<Client>,
     /// Nothing is read without a client: there is no log that takes it.
     needs_client: bool,
+    /// Its first client is its only one.
+    for_one_client: bool,
     had_client: bool,
     /// The guest was told that no more input comes.
     input_closed: bool,
@@ -122,10 +130,19 @@ impl Channel {
             guest: Guest::Awaited,
             clients: Vec::new(),
             needs_client,
+            for_one_client: false,
             had_client: false,
             input_closed: false,
             output_ended: false,
             line: Line::default(),
+        }
+    }
+
+    /// One that nobody can attach to after its first client, and that has no log.
+    pub(crate) fn for_one_client(kind: Kind, token: u64) -> Self {
+        Self {
+            for_one_client: true,
+            ..Self::new(kind, token, true)
         }
     }
 
@@ -163,7 +180,33 @@ impl Channel {
 
     /// Whether it has a client: an input takes one at a time.
     pub(crate) fn has_client(&self) -> bool {
-        !self.clients.is_empty()
+        !self.clients.is_empty() || matches!(self.guest, Guest::PassedOn(_))
+    }
+
+    /// Leaves the stream to the device, if nothing of it is here and nobody else will come for it.
+    pub(crate) fn pass_on(&mut self) {
+        let until = match self.kind {
+            Kind::Stdin | Kind::Port => Until::BothEnds,
+            Kind::Stdout | Kind::Stderr => Until::OutputEnds,
+            // Those survive their clients, or begin with an answer.
+            Kind::SharedStdin | Kind::Tty | Kind::File => return,
+        };
+        let ([client], Guest::Connected(stream), true) =
+            (&self.clients[..], &self.guest, self.for_one_client)
+        else {
+            return;
+        };
+        let is_here = !client.out.is_empty() || !client.input.is_empty();
+        if is_here || client.input_ended || self.output_ended {
+            return;
+        }
+        // What cannot be passed on now is copied, and tried again.
+        if passing::pass_on(stream, &client.socket, until).is_ok() {
+            self.clients.clear();
+            if let Guest::Connected(stream) = std::mem::replace(&mut self.guest, Guest::Ended) {
+                self.guest = Guest::PassedOn(stream);
+            }
+        }
     }
 
     /// Whether every byte of output has gone where it should; an output that nobody ever attached to and no
@@ -215,6 +258,9 @@ impl Channel {
                 into.push((client.socket.as_fd(), flags));
             }
         }
+        if let Guest::PassedOn(stream) = &self.guest {
+            into.push((stream.as_fd(), PollFlags::empty()));
+        }
         if let Guest::Connected(stream) = &self.guest {
             let mut flags = PollFlags::empty();
             flags.set(PollFlags::IN, self.wants_output());
@@ -235,6 +281,9 @@ impl Channel {
         buffer: &mut [u8],
         mut log: Option<&mut LogFile>,
     ) -> io::Result<bool> {
+        if matches!(&self.guest, Guest::PassedOn(stream) if ready.has(stream)) {
+            self.guest = Guest::Ended;
+        }
         let (kind, guest) = (self.kind, &mut self.guest);
         let mut hung_up = false;
         self.clients.retain_mut(|client| {
@@ -370,7 +419,7 @@ impl Client {
                 let taken = match guest {
                     // One that takes no more for good is found when the rest is tried.
                     Guest::Connected(stream) => push(piece, stream).unwrap_or(0),
-                    Guest::Awaited | Guest::Ended => 0,
+                    Guest::Awaited | Guest::PassedOn(_) | Guest::Ended => 0,
                 };
                 self.input.extend_from_slice(&piece[taken..]);
             }

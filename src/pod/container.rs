@@ -60,7 +60,9 @@ impl Container {
         Ok(Self {
             state: ContainerState::Creating,
             exit: None,
-            channels: channels(&spec.process.stdio, stdin, log_path.is_none()),
+            channels: channels(&spec.process.stdio, stdin, |kind, token| {
+                Channel::new(kind, token, log_path.is_none())
+            }),
             log: log_path.map(|path| LogFile::open(&path)).transpose()?,
             log_error: None,
             slots,
@@ -88,7 +90,9 @@ impl Container {
     /// No tokens can be drawn for its streams.
     pub(crate) fn renew(&mut self) -> io::Result<()> {
         self.spec.process.stdio = renewed(&self.spec.process.stdio)?;
-        self.channels = channels(&self.spec.process.stdio, self.stdin, self.log.is_none());
+        let needs_client = self.log.is_none();
+        let new = |kind, token| Channel::new(kind, token, needs_client);
+        self.channels = channels(&self.spec.process.stdio, self.stdin, new);
         self.state = ContainerState::Starting;
         self.restarts += 1;
         self.exit = None;
@@ -163,7 +167,7 @@ impl Exec {
     pub(crate) fn new(container: &str, stdio: &Stdio) -> Self {
         Self {
             container: container.to_owned(),
-            channels: channels(stdio, Kind::Stdin, true),
+            channels: channels(stdio, Kind::Stdin, Channel::for_one_client),
             exit: None,
             waiters: Vec::new(),
         }
@@ -230,10 +234,10 @@ fn renewed(stdio: &Stdio) -> io::Result<Stdio> {
     })
 }
 
-fn channels(stdio: &Stdio, input: Kind, needs_client: bool) -> Vec<Channel> {
+fn channels(stdio: &Stdio, input: Kind, new: impl Fn(Kind, u64) -> Channel) -> Vec<Channel> {
     match *stdio {
         Stdio::Null => Vec::new(),
-        Stdio::Terminal { token, .. } => vec![Channel::new(Kind::Tty, token, needs_client)],
+        Stdio::Terminal { token, .. } => vec![new(Kind::Tty, token)],
         Stdio::Pipes {
             stdin,
             stdout,
@@ -244,7 +248,7 @@ fn channels(stdio: &Stdio, input: Kind, needs_client: bool) -> Vec<Channel> {
             (Kind::Stderr, stderr),
         ]
         .into_iter()
-        .filter_map(|(kind, token)| Some(Channel::new(kind, token?, needs_client)))
+        .filter_map(|(kind, token)| Some(new(kind, token?)))
         .collect(),
     }
 }

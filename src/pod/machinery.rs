@@ -16,6 +16,8 @@ pub(crate) trait Machinery: NetSlots {
     fn attach(&self, disk: &DiskSpec) -> Result<u16, String>;
     /// Takes a disk out of a slot.
     fn detach(&self, slot: u16);
+    /// Whether its vsock device takes streams that are passed on.
+    fn takes_streams(&self) -> bool;
     /// The stages of its life so far.
     fn timeline(&self) -> Vec<Entry>;
     /// What this process costs apart from the guest's memory.
@@ -30,6 +32,10 @@ impl Machinery for Running {
 
     fn detach(&self, slot: u16) {
         drop(self.slots().detach(slot.into()));
+    }
+
+    fn takes_streams(&self) -> bool {
+        true
     }
 
     fn timeline(&self) -> Vec<Entry> {
@@ -50,6 +56,10 @@ impl Machinery for Ended {
     }
 
     fn detach(&self, _: u16) {}
+
+    fn takes_streams(&self) -> bool {
+        false
+    }
 
     fn timeline(&self) -> Vec<Entry> {
         Vec::new()

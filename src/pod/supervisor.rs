@@ -256,7 +256,7 @@ impl Supervisor {
                 Call::Gone(connection) => self.forget_client(connection),
             }
         }
-        self.turn_channels(ready);
+        self.turn_channels(machine, ready);
         self.answer_waiters();
         self.turn_feeds();
         if let Some(error) = &self.broken {
@@ -360,7 +360,7 @@ impl Supervisor {
         }
     }
 
-    fn turn_channels(&mut self, ready: &Ready) {
+    fn turn_channels(&mut self, machine: &dyn Machinery, ready: &Ready) {
         let buffer = &mut self.buffer;
         for container in self.containers.values_mut() {
             container.turn(ready, buffer);
@@ -369,6 +369,9 @@ impl Supervisor {
         for channel in execs.chain(&mut self.streams) {
             // Without a log nothing of it can fail.
             let _ = channel.turn(ready, buffer, None);
+            if machine.takes_streams() {
+                channel.pass_on();
+            }
         }
         self.streams.retain(|channel| !channel.is_over());
         for upload in &mut self.uploads {

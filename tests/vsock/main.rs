@@ -12,4 +12,5 @@ mod guest;
 mod hostile;
 mod lifecycle;
 mod limits;
+mod passing;
 mod streams;

@@ -50,6 +50,10 @@ impl Machinery for Arc<Counted> {
         self.taken.fetch_add(1, Ordering::SeqCst);
     }
 
+    fn takes_streams(&self) -> bool {
+        false
+    }
+
     fn timeline(&self) -> Vec<Entry> {
         let entry = |stage, monotonic_ns| Entry {
             stage,

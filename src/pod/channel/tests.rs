@@ -236,3 +236,92 @@ fn a_terminal_goes_both_ways_and_outlives_its_clients() {
     second.read_exact(&mut seen).unwrap();
     assert_eq!((&keys, &seen), (b"keys", b"seen"));
 }
+
+/// What the device finds, and the client's end that it would write to.
+fn passed_on(guest: &UnixStream) -> (Vec<u8>, Option<passing::PassedOn>) {
+    let mut said = [0; 64];
+    match passing::receive(guest, &mut said) {
+        Ok((length, passed)) => (said[..length].to_vec(), passed),
+        Err(_) => (Vec::new(), None),
+    }
+}
+
+#[test]
+fn a_stream_for_one_client_is_passed_on_when_nothing_of_it_is_here() {
+    let (guest, host) = UnixStream::pair().unwrap();
+    let mut channel = Channel::for_one_client(Kind::Stdin, 7);
+    channel.connect(host).unwrap();
+    channel.pass_on();
+    assert!(!channel.has_client());
+    let (mut client, server) = UnixStream::pair().unwrap();
+    server.set_nonblocking(true).unwrap();
+    channel.attach(server, b"first".to_vec());
+    channel.pass_on();
+    assert!(
+        passed_on(&guest).1.is_none(),
+        "the guest has not had the first bytes"
+    );
+    turns(&mut channel);
+    channel.pass_on();
+    let (said, passed) = passed_on(&guest);
+    assert_eq!(said, b"first");
+    client.write_all(b"more").unwrap();
+    turns_when_polled(&mut channel);
+    let mut more = [0; 4];
+    let passed = passed.expect("it is passed on");
+    (&passed.client).read_exact(&mut more).unwrap();
+    assert_eq!((&more, passed.until), (b"more", Until::BothEnds));
+    assert!(channel.has_client() && !channel.is_over());
+    drop((guest, passed));
+    turns_when_polled(&mut channel);
+    assert!(channel.is_over());
+    assert_eq!(client.read(&mut [0; 8]).unwrap(), 0);
+}
+
+/// One turn with what a poll finds now.
+fn turns_when_polled(channel: &mut Channel) {
+    let ready = polled(channel, Some(&Timespec::default()));
+    channel.turn(&ready, &mut [0; PIECE], None).unwrap();
+}
+
+#[test]
+fn an_output_that_is_passed_on_is_complete_at_its_hang_up() {
+    let (mut guest, host) = UnixStream::pair().unwrap();
+    let mut channel = Channel::for_one_client(Kind::Stdout, 7);
+    channel.connect(host).unwrap();
+    guest.write_all(b"output").unwrap();
+    let reader = client(&mut channel);
+    channel.pass_on();
+    let passed = passed_on(&guest).1.expect("it is passed on");
+    assert_eq!(passed.until, Until::OutputEnds);
+    let mut unread = [0; 6];
+    (&passed.unread).read_exact(&mut unread).unwrap();
+    assert_eq!(&unread, b"output");
+    turns_when_polled(&mut channel);
+    assert!(!channel.is_complete());
+    drop((guest, passed));
+    turns_when_polled(&mut channel);
+    assert!(channel.is_complete() && channel.is_over());
+    drop(reader);
+}
+
+#[test]
+fn what_others_may_attach_to_is_not_passed_on() {
+    for (mut channel, guest) in [
+        connected(Kind::Stdout, true),
+        connected(Kind::Tty, true),
+        connected(Kind::SharedStdin, true),
+    ] {
+        let _client = client(&mut channel);
+        channel.pass_on();
+        assert!(passed_on(&guest).1.is_none());
+    }
+    for kind in [Kind::Tty, Kind::File] {
+        let (guest, host) = UnixStream::pair().unwrap();
+        let mut channel = Channel::for_one_client(kind, 7);
+        channel.connect(host).unwrap();
+        let _client = client(&mut channel);
+        channel.pass_on();
+        assert!(passed_on(&guest).1.is_none());
+    }
+}

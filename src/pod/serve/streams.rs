@@ -109,7 +109,8 @@ impl Supervisor {
         let token = draw_token()?;
         let forward = HostRequest::Forward { port, token };
         let asked = self.ask(vec![forward], Then::Forwarded(connection, token))?;
-        self.streams.push(Channel::new(Kind::Port, token, true));
+        self.streams
+            .push(Channel::for_one_client(Kind::Port, token));
         Ok(asked)
     }
 
@@ -138,7 +139,8 @@ impl Supervisor {
             token,
         };
         let asked = self.ask(vec![read], Then::File(connection, token))?;
-        self.streams.push(Channel::new(Kind::File, token, true));
+        self.streams
+            .push(Channel::for_one_client(Kind::File, token));
         Ok(asked)
     }
 }

@@ -86,41 +86,29 @@ impl<'m> IoVecs<'m> {
         })
     }
 
-    /// Reads once from the stream `fd` into the memory: at most what is left, at least one byte, 0 at the
-    /// end of the stream.
+    /// Receives once from the socket `fd` into the memory, without waiting: at most what is left, at least one byte, 0
+    /// at the end of the stream.
     ///
     /// # Errors
-    /// The kernel's; `WouldBlock` when `fd` is non-blocking and has nothing.
-    pub fn read_some(&mut self, fd: BorrowedFd<'_>) -> io::Result<usize> {
+    /// The kernel's; `WouldBlock` when there is nothing.
+    pub fn receive_some(&mut self, fd: BorrowedFd<'_>) -> io::Result<usize> {
         self.transfer(|list, count| {
-            // SAFETY: as in `read_all_at`.
-            unsafe { libc::readv(fd.as_raw_fd(), list, count) }
+            let mut message = message(list, count);
+            // SAFETY: `message` lives through the call; its vectors are as in `read_all_at`.
+            unsafe { libc::recvmsg(fd.as_raw_fd(), &raw mut message, libc::MSG_DONTWAIT) }
         })
     }
 
-    /// Writes once from the memory to the stream `fd`.
+    /// Sends once from the memory to the socket `fd`, without waiting; a closed peer is an error, never a signal.
     ///
     /// # Errors
-    /// The kernel's; `WouldBlock` when `fd` is non-blocking and takes nothing.
-    pub fn write_some(&mut self, fd: BorrowedFd<'_>) -> io::Result<usize> {
-        self.transfer(|list, count| {
-            // SAFETY: as in `read_all_at`; the kernel only reads the bytes.
-            unsafe { libc::writev(fd.as_raw_fd(), list, count) }
-        })
-    }
-
-    /// Sends once from the memory to the socket `fd`; a closed peer is an error, never a signal.
-    ///
-    /// # Errors
-    /// The kernel's; `WouldBlock` when the socket is non-blocking and takes nothing.
+    /// The kernel's; `WouldBlock` when the socket takes nothing.
     pub fn send_some(&mut self, fd: BorrowedFd<'_>) -> io::Result<usize> {
         self.transfer(|list, count| {
-            // SAFETY: `msghdr` is plain data for which zeroes are a value: no name, no control.
-            let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
-            message.msg_iov = list.cast_mut();
-            message.msg_iovlen = usize::try_from(count).unwrap_or_default();
+            let message = message(list, count);
+            let flags = libc::MSG_NOSIGNAL | libc::MSG_DONTWAIT;
             // SAFETY: `message` lives through the call; its vectors are as in `read_all_at`.
-            unsafe { libc::sendmsg(fd.as_raw_fd(), &raw const message, libc::MSG_NOSIGNAL) }
+            unsafe { libc::sendmsg(fd.as_raw_fd(), &raw const message, flags) }
         })
     }
 
@@ -340,6 +328,15 @@ fn push_vectors(
         }
     }
     Ok(())
+}
+
+/// A message of these vectors, with no name and no control data.
+fn message(list: *const libc::iovec, count: libc::c_int) -> libc::msghdr {
+    // SAFETY: `msghdr` is plain data for which zeroes are a value.
+    let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
+    message.msg_iov = list.cast_mut();
+    message.msg_iovlen = usize::try_from(count).unwrap_or_default();
+    message
 }
 
 /// A system call's answer as a count.

@@ -6,12 +6,13 @@
 //!  connect(2, N)  ── REQUEST ─▶ muxer ─ HostPorts ─▶ a listener in this process, or <path>_N
 //!  listen(N)      ◀─ REQUEST ── muxer ◀─ handshake ◀─ CONNECT N\n on <path>  (answered OK <port>\n)
 //!  bytes ─── RW ──────────────▶ stream ─ sendmsg from guest memory ─▶ socket
-//!  bytes ◀── RW ─────────────── stream ◀ readv into guest memory ──── socket
+//!  bytes ◀── RW ─────────────── stream ◀ recvmsg into guest memory ── socket
 //! ```
 //!
 //! - [`packet`] parses headers, [`credit`] counts, [`connection`] is the protocol of one stream: pure.
 //! - [`table`] holds the streams, [`stream`] joins one to its socket, [`muxer`] is the queue handler.
-//! - [`host`] is where streams lead on the host; [`handshake`] is the dialect spoken on `<path>`.
+//! - [`host`] is where streams lead on the host; [`handshake`] is the dialect spoken on `<path>`; [`passing`] is how
+//!   who accepted a stream leaves it to the device and somebody else.
 //!
 //! [`Vsock`] is the face and belongs to the transport; everything else runs on the worker's thread. All
 //! sockets sit in one epoll of the device, which the worker polls as one descriptor. Nothing waits: not
@@ -34,6 +35,7 @@ pub mod handshake;
 pub mod host;
 pub mod muxer;
 pub mod packet;
+pub mod passing;
 pub mod poll;
 pub mod ring;
 pub mod stream;

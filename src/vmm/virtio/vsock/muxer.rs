@@ -261,6 +261,18 @@ impl Muxer {
             self.remove(id);
             return Ok(());
         }
+        if let Some((before, socket, events)) = stream.moved() {
+            let poll = &self.poll;
+            let polled = poll.remove(before);
+            if polled
+                .and_then(|()| poll.add(socket, Source::Stream(id), events))
+                .is_err()
+            {
+                // What it was passed on to is nothing that can be polled, so no socket.
+                effects.count_error();
+                return self.abort(id, effects);
+            }
+        }
         stream.notice_drought();
         if let Some(events) = stream.changed_events()
             && let Some(socket) = stream.socket()
@@ -339,7 +351,7 @@ impl Muxer {
             return Ok(None);
         };
         let was = stream.connection.phase();
-        let len = stream.read_into(memory, &chain.writable, MAX_PAYLOAD)?;
+        let len = stream.read_into(memory, &chain.writable, MAX_PAYLOAD, &mut self.spare)?;
         let control = if len > 0 {
             Some(Control {
                 op: Op::Rw,
@@ -350,6 +362,7 @@ impl Muxer {
             stream.connection.control()
         };
         let Some(Control { op, flags }) = control else {
+            self.settle(id, effects)?;
             return Ok(None);
         };
         let (buf_alloc, fwd_cnt) = stream.connection.tell_credit();

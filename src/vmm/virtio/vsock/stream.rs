@@ -5,6 +5,8 @@
 //! does not take is copied into `pending`, which credit bounds, and follows when the socket is writable.
 //! Towards the guest, bytes are read from the socket straight into guest memory; nothing is buffered.
 //!
+//! Whoever accepted a stream of the guest's may pass it on to another socket ([`super::passing`]).
+//!
 //! The socket is polled edge-triggered: `readable` stays set until a read has found the socket empty, and
 //! writability is watched only while `pending` holds something. So a stream in full flow costs no epoll
 //! call at all.
@@ -28,15 +30,24 @@ use std::time::Instant;
 
 use rustix::event::epoll::EventFlags;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::net::SendFlags;
+use rustix::io::Errno;
+use rustix::net::{RecvFlags, SendFlags};
 
 use super::connection::{Connection, Phase};
 use super::packet::HEADER_LEN;
+use super::passing::{self, PassedOn, Until};
 use super::ring::{Ring, SpareRings};
 use crate::vmm::memory::GuestMemory;
 use crate::vmm::virtio::GuestFault;
 use crate::vmm::virtio::chain::Segments;
 use crate::vmm::virtio::iovec::IoVecs;
+
+/// Bytes that are read at a time from a socket whose other end may pass the stream on: what fits into one of the
+/// buffers that Linux posts (4 KiB, with the header).
+const PASSABLE_READ: u32 = 4096 - HEADER_LEN as u32;
+
+/// Bytes that nobody read before the stream was passed on are moved in pieces of this size.
+const UNREAD_PIECE: usize = 4096;
 
 /// One stream: its protocol state, its socket, and the bytes between.
 pub struct Stream {
@@ -58,6 +69,25 @@ pub struct Stream {
     greet: bool,
     write_shut: bool,
     read_shut: bool,
+    passing: Passing,
+}
+
+/// Whether the stream was passed on.
+enum Passing {
+    /// It was not, and cannot be.
+    Never,
+    /// It can be.
+    Possible,
+    /// It was.
+    Done {
+        /// The socket that was there before, held open: its hang-up is how its other end sees the stream's end.
+        before: UnixStream,
+        /// What the guest sent there and nobody has read: it goes to the new socket before everything else.
+        unread: Option<UnixStream>,
+        until: Until,
+        /// The new socket is polled in place of the one before.
+        polled: bool,
+    },
 }
 
 impl Stream {
@@ -74,6 +104,7 @@ impl Stream {
             greet: false,
             write_shut: false,
             read_shut: false,
+            passing: Passing::Possible,
         }
     }
 
@@ -81,6 +112,7 @@ impl Stream {
     pub fn dialled(connection: Connection, client: UnixStream) -> Self {
         Self {
             greet: true,
+            passing: Passing::Never,
             ..Self::answered(connection, client)
         }
     }
@@ -93,15 +125,24 @@ impl Stream {
     /// The events that the socket is to be polled for.
     pub fn events(&self) -> EventFlags {
         let mut events = EventFlags::IN | EventFlags::RDHUP | EventFlags::ET;
-        if !self.pending.is_empty() {
+        if self.waits_for_socket() {
             events |= EventFlags::OUT;
         }
         events
     }
 
+    /// Whether there are bytes that the socket has not taken.
+    fn waits_for_socket(&self) -> bool {
+        !self.pending.is_empty() || self.has_unread()
+    }
+
+    fn has_unread(&self) -> bool {
+        matches!(&self.passing, Passing::Done { unread, .. } if unread.is_some())
+    }
+
     /// The events to poll for, if they are others than before.
     pub fn changed_events(&mut self) -> Option<EventFlags> {
-        let watch = !self.pending.is_empty();
+        let watch = self.waits_for_socket();
         if std::mem::replace(&mut self.watched, watch) == watch {
             return None;
         }
@@ -139,12 +180,9 @@ impl Stream {
             return;
         }
         let line = format!("OK {port}\n");
-        let sent = self
-            .socket
-            .as_ref()
-            .map(|socket| rustix::net::send(socket, line.as_bytes(), SendFlags::NOSIGNAL));
+        let sent = self.socket.as_ref().map(|to| send(to, line.as_bytes()));
         // Nothing was sent before it, so there is space for it, unless the client is gone.
-        if !matches!(sent, Some(Ok(n)) if n == line.len()) {
+        if !matches!(sent, Some(Ok(n)) if n as usize == line.len()) {
             self.connection.sink_refused();
         }
     }
@@ -162,8 +200,8 @@ impl Stream {
     ) -> Result<(), GuestFault> {
         let mut offset = header_len();
         let mut left = len;
-        if self.pending.is_empty() && left > 0 {
-            let sent = match self.send(memory, packet, offset, left)? {
+        if !self.waits_for_socket() && left > 0 {
+            let sent = match self.send_directly(memory, packet, offset, left)? {
                 Ok(sent) => sent,
                 Err(_) => {
                     self.refused(spare);
@@ -182,7 +220,7 @@ impl Stream {
     }
 
     /// Sends straight from guest memory; 0 when the socket takes nothing now.
-    fn send(
+    fn send_directly(
         &self,
         memory: &GuestMemory,
         packet: &Segments,
@@ -220,14 +258,18 @@ impl Stream {
 
     /// Passes pending bytes on, as many as the socket takes.
     pub fn flush(&mut self, spare: &mut SpareRings) {
+        match self.flush_unread() {
+            Ok(true) => {}
+            Ok(false) => return,
+            Err(_) => self.refused(spare),
+        }
         while !self.pending.is_empty() {
             let Some(socket) = &self.socket else {
                 self.refused(spare);
                 return;
             };
             let first = self.pending.front();
-            let sent = patiently(|| Ok(rustix::net::send(socket, first, SendFlags::NOSIGNAL)?));
-            match sent {
+            match send(socket, first) {
                 Ok(0) => return,
                 Ok(sent) => {
                     self.pending.consume(sent as usize);
@@ -240,6 +282,35 @@ impl Stream {
         self.apply_shutdown();
     }
 
+    /// Passes on what nobody read before the stream was; whether that is all.
+    fn flush_unread(&mut self) -> io::Result<bool> {
+        let (Passing::Done { unread, .. }, Some(socket)) = (&mut self.passing, &self.socket) else {
+            return Ok(true);
+        };
+        while let Some(source) = unread {
+            let mut piece = [0; UNREAD_PIECE];
+            let flags = RecvFlags::DONTWAIT;
+            let length = match rustix::net::recv(&*source, &mut piece, flags | RecvFlags::PEEK) {
+                Ok((_, length)) => length,
+                Err(Errno::INTR) => continue,
+                Err(_) => 0,
+            };
+            let bytes = piece.get(..length).unwrap_or_default();
+            // At its end, or empty: this device alone writes there, and it does so no more.
+            if bytes.is_empty() {
+                *unread = None;
+                break;
+            }
+            let sent = send(socket, bytes)? as usize;
+            if sent == 0 {
+                return Ok(false);
+            }
+            let taken = piece.get_mut(..sent).unwrap_or_default();
+            rustix::net::recv(&*source, taken, flags)?;
+        }
+        Ok(true)
+    }
+
     fn refused(&mut self, spare: &mut SpareRings) {
         spare.give(std::mem::take(&mut self.pending));
         self.connection.sink_refused();
@@ -247,7 +318,7 @@ impl Stream {
 
     /// Shuts the sides of the socket that the guest has shut.
     pub fn apply_shutdown(&mut self) {
-        let Some(socket) = &self.socket else {
+        let (Some(socket), false) = (&self.socket, self.has_unread()) else {
             return;
         };
         // They fail only when the other side is gone, which epoll reports.
@@ -255,9 +326,62 @@ impl Stream {
             self.write_shut = true;
             let _ = socket.shutdown(Shutdown::Write);
         }
+        if self.write_shut && self.ends_with_output() {
+            self.socket = None;
+            self.passing = Passing::Never;
+            self.connection.hung_up();
+            self.connection.source_ended();
+            return;
+        }
         if !self.read_shut && self.connection.read_side_done() {
             self.read_shut = true;
             let _ = socket.shutdown(Shutdown::Read);
+        }
+    }
+
+    fn ends_with_output(&self) -> bool {
+        matches!(
+            self.passing,
+            Passing::Done {
+                until: Until::OutputEnds,
+                ..
+            }
+        )
+    }
+
+    fn was_just_passed_on(&self) -> bool {
+        matches!(self.passing, Passing::Done { polled: false, .. })
+    }
+
+    /// Puts the socket that it was passed on to in the place of the one before.
+    fn take_over(&mut self, passed: PassedOn, spare: &mut SpareRings) {
+        let Some(before) = self.socket.replace(passed.client) else {
+            return;
+        };
+        self.passing = Passing::Done {
+            before,
+            unread: Some(passed.unread),
+            until: passed.until,
+            polled: false,
+        };
+        self.readable = true;
+        self.ending = false;
+        self.write_shut = false;
+        self.read_shut = false;
+        self.flush(spare);
+        self.watched = self.waits_for_socket();
+    }
+
+    /// Once after the stream was passed on: the socket from before, and the one that is to be polled in its place, for
+    /// these events.
+    pub fn moved(&mut self) -> Option<(&UnixStream, &UnixStream, EventFlags)> {
+        let events = self.events();
+        match (&mut self.passing, &self.socket) {
+            (Passing::Done { before, polled, .. }, Some(socket)) if !*polled => {
+                *polled = true;
+                Some((before, socket, events))
+            }
+            _ => None,
         }
     }
 
@@ -271,36 +395,34 @@ impl Stream {
         memory: &GuestMemory,
         packet: &Segments,
         most: u32,
+        spare: &mut SpareRings,
     ) -> Result<u32, GuestFault> {
         let space = packet.len().saturating_sub(header_len());
         let most = most.min(space).min(self.connection.room());
-        let Some(socket) = &self.socket else {
-            return Ok(0);
-        };
-        if most == 0 || !self.readable {
+        if self.socket.is_none() || most == 0 || !self.readable {
             return Ok(0);
         }
-        let mut vectors = IoVecs::new(memory, packet, header_len(), most)?;
-        let result = loop {
-            match vectors.read_some(socket.as_fd()) {
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                result => break result,
+        let (most, result) = match self.passing {
+            Passing::Possible => {
+                let most = most.min(PASSABLE_READ);
+                (most, self.receive(memory, packet, most, spare)?)
             }
+            _ => (most, self.receive_directly(memory, packet, most)?),
         };
         match result {
+            Ok(0) if self.was_just_passed_on() => Ok(0),
             Ok(0) => {
                 self.readable = false;
                 // One SHUTDOWN tells of both sides: a host that closed is often seen at its end before
                 // epoll says that it hung up.
-                if has_hung_up(socket) {
+                if self.socket.as_ref().is_some_and(has_hung_up) {
                     self.connection.hung_up();
                 }
                 self.connection.source_ended();
                 Ok(0)
             }
             Ok(read) => {
-                let read = u32::try_from(read).map_err(|_| GuestFault::Request)?;
-                self.readable = self.ending || read == most;
+                self.readable = self.ending || read == most || self.was_just_passed_on();
                 self.connection.sending(read);
                 Ok(read)
             }
@@ -318,15 +440,58 @@ impl Stream {
         }
     }
 
+    fn receive_directly(
+        &self,
+        memory: &GuestMemory,
+        packet: &Segments,
+        most: u32,
+    ) -> Result<io::Result<u32>, GuestFault> {
+        let Some(socket) = &self.socket else {
+            return Ok(Err(io::ErrorKind::NotConnected.into()));
+        };
+        let mut vectors = IoVecs::new(memory, packet, header_len(), most)?;
+        Ok(uninterrupted(|| vectors.receive_some(socket.as_fd())))
+    }
+
+    /// As [`Stream::receive_directly`], and looks whether the stream is passed on.
+    fn receive(
+        &mut self,
+        memory: &GuestMemory,
+        packet: &Segments,
+        most: u32,
+        spare: &mut SpareRings,
+    ) -> Result<io::Result<u32>, GuestFault> {
+        let Some(socket) = &self.socket else {
+            return Ok(Err(io::ErrorKind::NotConnected.into()));
+        };
+        let mut buffer = [0; PASSABLE_READ as usize];
+        let buffer = buffer.get_mut(..most as usize).unwrap_or_default();
+        let mut passed = None;
+        let received = uninterrupted(|| {
+            let (length, then) = passing::receive(socket, buffer)?;
+            passed = then;
+            Ok(length)
+        });
+        if let Ok(length) = received {
+            let bytes = buffer.get(..length as usize).unwrap_or_default();
+            packet.write(memory, header_len(), bytes)?;
+        }
+        if let Some(passed) = passed {
+            self.take_over(passed, spare);
+        }
+        Ok(received)
+    }
+
     /// Closes the host's side at once; what is pending is lost.
     pub fn close(&mut self, spare: &mut SpareRings) {
         self.socket = None;
+        self.passing = Passing::Never;
         spare.give(std::mem::take(&mut self.pending));
     }
 
     /// The guest has ended the stream, and nothing waits for the host: it can be removed.
     pub fn is_over(&self) -> bool {
-        self.connection.phase() == Phase::Ended && self.pending.is_empty()
+        self.connection.phase() == Phase::Ended && !self.waits_for_socket()
     }
 }
 
@@ -342,14 +507,26 @@ fn header_len() -> u32 {
     HEADER_LEN as u32
 }
 
-/// Repeats a call that a signal interrupts; "would block" is 0 bytes.
-fn patiently(mut call: impl FnMut() -> io::Result<usize>) -> io::Result<u32> {
+/// Sends from this process's memory; 0 bytes when the socket takes nothing now.
+fn send(socket: &UnixStream, bytes: &[u8]) -> io::Result<u32> {
+    let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
+    patiently(|| Ok(rustix::net::send(socket, bytes, flags)?))
+}
+
+/// Repeats a call that a signal interrupts.
+fn uninterrupted(mut call: impl FnMut() -> io::Result<usize>) -> io::Result<u32> {
     loop {
         match call() {
-            Ok(n) => return u32::try_from(n).map_err(io::Error::other),
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(0),
-            Err(error) => return Err(error),
+            result => return u32::try_from(result?).map_err(io::Error::other),
         }
+    }
+}
+
+/// The same, and "would block" is 0 bytes.
+fn patiently(call: impl FnMut() -> io::Result<usize>) -> io::Result<u32> {
+    match uninterrupted(call) {
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(0),
+        result => result,
     }
 }
