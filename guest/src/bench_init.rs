@@ -99,9 +99,25 @@ fn send_back(mut connection: File) -> io::Result<()> {
     loop {
         match connection.read(&mut buffer)? {
             0 => return Ok(()),
-            length => connection.write_all(&buffer[..length])?,
+            length => send_all(&mut connection, &buffer[..length])?,
         }
     }
+}
+
+/// Sends all of it, in shorter packets where the kernel finds no piece of memory for a long one.
+fn send_all(connection: &mut File, mut bytes: &[u8]) -> io::Result<()> {
+    let mut most = PACKET;
+    while !bytes.is_empty() {
+        match connection.write(&bytes[..bytes.len().min(most)]) {
+            Ok(length) => {
+                bytes = &bytes[length..];
+                most = PACKET;
+            }
+            Err(error) if error.raw_os_error() == Some(libc::ENOMEM) && most > PAGE => most /= 4,
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
 }
 
 /// Reads all of it, past the guest's page cache.

@@ -26,11 +26,20 @@ use rustix::time::Timespec;
 
 use crate::events::{Poller, Source, Watched};
 
-/// Bytes moved at a time: as many as a pipe holds, and as a packet of vsock carries. Each packet costs a kick, an
-/// interrupt and three switches of threads, so they should be long.
-pub(crate) const BUFFER: usize = 64 << 10;
-/// The kernel makes each write to a vsock one packet, in contiguous memory: so much it always finds.
-const PACKET_AT_LEAST: usize = 32 << 10;
+/// What the kernel adds to a packet's bytes in the same piece of memory, rounded up: the header of 44 bytes, and 320 for
+/// its own use, both to whole cache lines.
+const PACKET_OVERHEAD: usize = 512;
+/// Bytes moved at a time: what a packet of vsock carries whose memory is one piece of 64 KiB. Each packet costs a kick,
+/// an interrupt and three switches of threads, so they should be long.
+pub(crate) const BUFFER: usize = (64 << 10) - PACKET_OVERHEAD;
+/// Sizes of packets for when the kernel finds no piece of memory that is long enough: for one of more than 32 KiB it does
+/// not look hard, and one page there is as long as there is memory at all.
+const PACKETS: [usize; 4] = [
+    BUFFER,
+    (32 << 10) - PACKET_OVERHEAD,
+    (16 << 10) - PACKET_OVERHEAD,
+    (4 << 10) - PACKET_OVERHEAD,
+];
 
 /// The container's end of a stream.
 #[derive(Debug)]
@@ -347,10 +356,13 @@ fn push(bytes: &[u8], write: impl Fn(&[u8]) -> Result<usize>) -> Result<usize> {
 
 /// Sends `bytes`, or as much of them as the kernel finds memory for in one piece.
 fn in_packets(bytes: &[u8], send: impl Fn(&[u8]) -> Result<usize>) -> Result<usize> {
-    match send(bytes) {
-        Err(Errno::NOMEM) if bytes.len() > PACKET_AT_LEAST => send(&bytes[..PACKET_AT_LEAST]),
-        sent => sent,
+    for most in PACKETS {
+        match send(&bytes[..bytes.len().min(most)]) {
+            Err(Errno::NOMEM) => {}
+            sent => return sent,
+        }
     }
+    Err(Errno::NOMEM)
 }
 
 /// Lets the kernel move what has come from the host into the container's pipe: copied once, into the pages that the

@@ -265,18 +265,20 @@ fn a_terminal_carries_both_directions_and_ends_with_its_last_user() {
 
 #[test]
 fn a_packet_that_finds_no_memory_is_sent_shorter() {
-    let most = std::cell::Cell::new(PACKET_AT_LEAST);
+    let most = std::cell::Cell::new(0);
     let send = |packet: &[u8]| match packet.len() <= most.get() {
         true => Ok(packet.len()),
         false => Err(Errno::NOMEM),
     };
     let bytes = vec![0; BUFFER];
-    assert_eq!(in_packets(&bytes, send), Ok(PACKET_AT_LEAST));
-    assert_eq!(push(&bytes, |rest| in_packets(rest, send)), Ok(BUFFER));
-    most.set(BUFFER);
-    assert_eq!(in_packets(&bytes, send), Ok(BUFFER));
-    // There is an end to it.
-    most.set(PACKET_AT_LEAST - 1);
+    for size in PACKETS {
+        most.set(size);
+        assert_eq!(in_packets(&bytes, send), Ok(size));
+        assert_eq!(push(&bytes, |rest| in_packets(rest, send)), Ok(BUFFER));
+    }
+    // A page is found as long as there is memory, and there is an end to it.
+    assert!(PACKETS[3] + PACKET_OVERHEAD <= 4096);
+    most.set(PACKETS[3] - 1);
     assert_eq!(in_packets(&bytes, send), Err(Errno::NOMEM));
 }
 
