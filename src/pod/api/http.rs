@@ -492,4 +492,21 @@ mod tests {
         assert!(refusal("{}").sentence.contains("missing field `env`"));
         assert!(refusal("{").sentence.contains("not JSON"));
     }
+
+    #[test]
+    fn hooks_and_propagation_are_refused_by_name() {
+        use crate::pod::api::body::CreateContainer;
+        for (body, name) in [
+            (r#"{"hooks": {"prestart": []}}"#, "hooks"),
+            (r#"{"mounts": [{"propagation": "shared"}]}"#, "propagation"),
+        ] {
+            let request = Request {
+                body: body.into(),
+                ..parse("GET / HTTP/1.1\r\n\r\n").unwrap().unwrap()
+            };
+            let refusal = request.json::<CreateContainer>().unwrap_err();
+            let named = format!("unknown field `{name}`");
+            assert!(refusal.sentence.contains(&named), "{refusal}");
+        }
+    }
 }
