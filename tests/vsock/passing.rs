@@ -105,6 +105,20 @@ fn a_client_that_hangs_up_ends_the_stream() {
 }
 
 #[test]
+fn what_waits_for_a_client_that_goes_keeps_no_stream() {
+    let (mut guest, mut peer, host) = dialled();
+    // More than the client's socket takes: some of it stays unread where the stream was before.
+    guest.send_until_full(&mut peer, &pattern(5, 4 * MIB));
+    let client = passed(&host, Until::BothEnds);
+    let mut byte = [0];
+    (&client).read_exact(&mut byte).unwrap();
+    guest.send(peer.header(Op::Rst), &[]);
+    guest.expect_silence();
+    drop(client);
+    expect_hang_up(&host);
+}
+
+#[test]
 fn the_guests_reset_ends_the_client() {
     let (mut guest, mut peer, host) = dialled();
     let mut client = passed(&host, Until::BothEnds);

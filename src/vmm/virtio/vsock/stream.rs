@@ -312,6 +312,9 @@ impl Stream {
     }
 
     fn refused(&mut self, spare: &mut SpareRings) {
+        if let Passing::Done { unread, .. } = &mut self.passing {
+            *unread = None;
+        }
         spare.give(std::mem::take(&mut self.pending));
         self.connection.sink_refused();
     }
