@@ -113,7 +113,7 @@ fn what_waits_for_a_client_that_goes_keeps_no_stream() {
     let mut byte = [0];
     (&client).read_exact(&mut byte).unwrap();
     guest.send(peer.header(Op::Rst), &[]);
-    guest.expect_silence();
+    guest.wait_sent();
     drop(client);
     expect_hang_up(&host);
 }
