@@ -150,13 +150,14 @@ mod tests {
         let (died, dies) = channel();
         let place = directory.clone();
         let guest = move || {
-            let [_control, mut stdout] = boot(place);
+            let [control, mut stdout] = boot(place);
             stdout.write_all(&[b'x'; LENGTH]).unwrap();
-            died.send(()).unwrap();
+            // Its end is not to be seen before the machine's.
+            died.send(control).unwrap();
             End::TripleFault { vcpu: 0 }
         };
         let pod = thread::spawn(move || run(file, Some(lifetime.into()), guest).unwrap());
-        dies.recv().unwrap();
+        let _control = dies.recv().unwrap();
         let mut all = Vec::new();
         client().read_to_end(&mut all).unwrap();
         assert_eq!(all.len(), LENGTH);
