@@ -191,11 +191,7 @@ impl Peer {
             }
             Kind::CloudHypervisor => cloud_hypervisor(&mut command, machine),
             Kind::Qemu => qemu(&mut command, machine),
-            Kind::Crosvm => {
-                command.args(["run", "--disable-sandbox"]);
-                command.args(&self.leaves_out);
-                crosvm(&mut command, machine);
-            }
+            Kind::Crosvm => crosvm(&mut command, machine, &self.leaves_out),
         }
         Ok(command)
     }
@@ -314,7 +310,8 @@ fn qemu(command: &mut Command, machine: &Machine) {
     }
 }
 
-fn crosvm(command: &mut Command, machine: &Machine) {
+fn crosvm(command: &mut Command, machine: &Machine, leaves_out: &[&str]) {
+    command.args(["run", "--disable-sandbox"]).args(leaves_out);
     command.args(["--serial", "type=stdout,hardware=serial,num=1"]);
     command.args([
         "--cpus",

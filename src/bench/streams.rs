@@ -155,11 +155,10 @@ impl StreamBench {
             from.set_read_timeout(Some(self.deadline))?;
             let took = there_and_back(to, from, u64::from(mib) << 20);
             // Who is stuck has no end; who has ended may have had a reason.
-            if matches!(&took, Err(error) if error.kind() != ErrorKind::WouldBlock) {
+            if !matches!(&took, Err(error) if error.kind() == ErrorKind::WouldBlock) {
                 end()?;
             }
-            let took = took?;
-            end().map(|()| took)
+            took
         };
         through(WARM_UP_MIB)?;
         let before = look()?;

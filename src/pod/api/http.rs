@@ -466,6 +466,14 @@ mod tests {
         assert_eq!(none.text("path"), Ok(None));
     }
 
+    fn refused<T: DeserializeOwned + std::fmt::Debug>(body: &str) -> Refusal {
+        let request = Request {
+            body: body.into(),
+            ..parse("GET / HTTP/1.1\r\n\r\n").unwrap().unwrap()
+        };
+        request.json::<T>().unwrap_err()
+    }
+
     #[test]
     fn a_body_at_fault_names_its_field_and_no_value() {
         #[derive(Debug, serde::Deserialize)]
@@ -474,13 +482,7 @@ mod tests {
             #[allow(dead_code)]
             env: Vec<u32>,
         }
-        let refusal = |body: &str| {
-            let request = Request {
-                body: body.into(),
-                ..parse("GET / HTTP/1.1\r\n\r\n").unwrap().unwrap()
-            };
-            request.json::<Body>().unwrap_err()
-        };
+        let refusal = refused::<Body>;
         let wrong = refusal(r#"{"env": [1, "hunter2"]}"#);
         assert_eq!(wrong.field.as_deref(), Some("env[1]"));
         assert!(!wrong.sentence.contains("hunter2"), "{wrong}");
@@ -500,11 +502,7 @@ mod tests {
             (r#"{"hooks": {"prestart": []}}"#, "hooks"),
             (r#"{"mounts": [{"propagation": "shared"}]}"#, "propagation"),
         ] {
-            let request = Request {
-                body: body.into(),
-                ..parse("GET / HTTP/1.1\r\n\r\n").unwrap().unwrap()
-            };
-            let refusal = request.json::<CreateContainer>().unwrap_err();
+            let refusal = refused::<CreateContainer>(body);
             let named = format!("unknown field `{name}`");
             assert!(refusal.sentence.contains(&named), "{refusal}");
         }

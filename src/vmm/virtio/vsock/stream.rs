@@ -5,10 +5,11 @@
 //! does not take is copied into `pending`, which credit bounds, and follows when the socket is writable.
 //! Towards the guest, bytes are read from the socket straight into guest memory; nothing is buffered.
 //!
-//! Whoever accepted a stream of the guest's may pass it on to another socket ([`super::passing`]).
+//! Whoever accepted a stream of the guest's may pass it on to another socket ([`super::passing`]). Until that, its bytes
+//! towards the guest are copied once, a packet at a time: a descriptor may come with them.
 //!
 //! The socket is polled edge-triggered: `readable` stays set until a read has found the socket empty, and
-//! writability is watched only while `pending` holds something. So a stream in full flow costs no epoll
+//! writability is watched only while something waits for the socket. So a stream in full flow costs no epoll
 //! call at all.
 #![forbid(unsafe_code)]
 #![cfg_attr(
