@@ -9,6 +9,9 @@ use std::process::Command;
 use serde::Serialize;
 use serde_json::json;
 
+use crate::client::host_cpuid;
+use crate::client::vmm_process::ALLOCATOR;
+
 /// The guest's address on a vsock.
 const GUEST_CID: u32 = 3;
 
@@ -181,8 +184,13 @@ impl Peer {
             }
             Kind::CubeVmm => {
                 let vsock = self.vsock(directory);
-                let spec = write(directory, "cube-vmm.json", &cube_spec(machine, &vsock))?;
-                command.arg("--spec").arg(spec);
+                let mut spec = cube_spec(machine, &vsock);
+                // As every pod's machine is started.
+                if let Some(cpuid) = host_cpuid::kept(directory) {
+                    spec["cpuid"] = json!({"path": cpuid.path});
+                }
+                let spec = write(directory, "cube-vmm.json", &spec)?;
+                command.envs(ALLOCATOR).arg("--spec").arg(spec);
             }
             Kind::Firecracker => {
                 let config = firecracker_config(machine, &self.vsock(directory));

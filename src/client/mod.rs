@@ -14,11 +14,12 @@
 //! - [`pod`]: a pod that ends with its command.
 //! - [`detached`]: a pod that outlives its command, and finding it again.
 //! - [`api`]: the pod API of either.
-//! - [`install`]: where kernel, init and VMM are.
+//! - [`install`]: where kernel, init and VMM are; [`host_cpuid`]: what KVM supports, kept for the next machine.
 
 pub mod api;
 pub(crate) mod capture;
 pub mod detached;
+pub mod host_cpuid;
 pub mod install;
 pub mod pod;
 mod prepare;

@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use cube_guest::{POD_SPEC_PATH, VolumeSource, VolumeSpec};
 
 use super::api::PodApi;
+use super::host_cpuid;
 use super::pod::{PodError, PodLink, PodNet, PodRequest};
 use super::run_dir::RunDir;
 use super::vmm_process::{Inherited, Launch, VmmError};
@@ -90,7 +91,8 @@ impl Prepared {
         let api = PodApi::of(base, &request.id);
         let program = request.install.vmm.clone();
         let mut inherited = Inherited::default();
-        let spec = machine_spec(request, path.join(VSOCK_SOCKET), &mut inherited)?;
+        let mut spec = machine_spec(request, path.join(VSOCK_SOCKET), &mut inherited)?;
+        spec.cpuid = host_cpuid::kept(base).map(|file| inherited.pass(file));
         Ok(Self {
             directory,
             spec,
@@ -169,6 +171,7 @@ fn machine_spec(
         }),
         command_line: String::new(),
         cpus: request.cpus,
+        cpuid: None,
         memory_mib: request.memory_mib,
         disks,
         nets,

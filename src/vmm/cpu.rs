@@ -2,14 +2,14 @@
 #![forbid(unsafe_code)]
 
 use kvm_bindings::{
-    CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, KVM_MAX_CPUID_ENTRIES, Msrs, kvm_cpuid_entry2,
-    kvm_msr_entry, kvm_regs,
+    CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, Msrs, kvm_cpuid_entry2, kvm_msr_entry, kvm_regs,
 };
 use kvm_ioctls::{Cap, Kvm, VcpuFd};
 
 use crate::vmm::boot::{EntryPoint, start_sregs};
 use crate::vmm::kvm::KvmError;
 use crate::vmm::layout::ZERO_PAGE;
+use crate::vmm::supported_cpuid::SupportedCpuid;
 
 /// CPUID leaf 1 (Intel SDM volume 2, CPUID): ECX VMX, TSC deadline timer, hypervisor; EDX HTT.
 const ECX_VMX: u32 = 1 << 5;
@@ -35,15 +35,9 @@ pub struct CpuModel {
 
 impl CpuModel {
     /// What KVM supports here, less what a pod has no use for.
-    ///
-    /// # Errors
-    /// KVM refused.
-    pub fn of_this_host(kvm: &Kvm, cpus: u8) -> Result<Self, KvmError> {
-        let supported = kvm
-            .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
-            .map_err(KvmError::call("tell the CPUID it supports"))?;
+    pub fn of_this_host(kvm: &Kvm, supported: &SupportedCpuid, cpus: u8) -> Self {
         let deadline = kvm.check_extension(Cap::TscDeadlineTimer);
-        Ok(Self::new(supported.as_slice(), cpus, deadline))
+        Self::new(supported.entries(), cpus, deadline)
     }
 
     fn new(supported: &[kvm_cpuid_entry2], cpus: u8, tsc_deadline: bool) -> Self {

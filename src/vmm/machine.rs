@@ -35,6 +35,7 @@ use crate::vmm::serial::{self, Serial};
 use crate::vmm::slots::Slots;
 use crate::vmm::spec::{DiskSpec, NetSpec, ValidSpec};
 use crate::vmm::stats::Stats;
+use crate::vmm::supported_cpuid::{KeptError, SupportedCpuid};
 use crate::vmm::thread::{self, Role};
 use crate::vmm::timeline::{Entry, Stage, Timeline};
 use crate::vmm::vcpu::{self, IdleVcpu, Platform, VcpuThread};
@@ -53,6 +54,9 @@ pub enum MachineError {
     /// The guest's memory could not be filled.
     #[error(transparent)]
     Boot(#[from] BootError),
+    /// The CPUID that was kept cannot be used.
+    #[error(transparent)]
+    Cpuid(#[from] KeptError),
     /// KVM refused.
     #[error(transparent)]
     Kvm(#[from] KvmError),
@@ -114,7 +118,7 @@ impl Machine {
     /// `count_exits`, the timeline's later stages carry the exits of all vCPUs.
     ///
     /// The vCPUs' threads are started first: they make themselves ready, and that of the first asks for the
-    /// CPUID and loads the kernel, while this thread makes the VM, with calls that sleep.
+    /// CPUID, unless it was kept, and loads the kernel, while this thread makes the VM, with calls that sleep.
     ///
     /// # Errors
     /// [`MachineError`]; nothing is left behind.
@@ -124,6 +128,10 @@ impl Machine {
         count_exits: bool,
     ) -> Result<Self, MachineError> {
         let BootFiles { kernel, init } = BootFiles::open(spec)?;
+        let kept = match &spec.cpuid {
+            Some(file) => Some(SupportedCpuid::read(Opened::for_reading(file, "CPUID")?)?),
+            None => None,
+        };
         let Devices { devices, nets } = devices::open(spec)?;
         let allocate = match spec.shares_memory() {
             true => memory::allocate_shared,
@@ -132,7 +140,7 @@ impl Machine {
         let memory = allocate(spec.memory_bytes(), spec.huge_pages)
             .map_err(|error| MachineError::Memory(spec.memory_mib, error))?;
         let kvm = Arc::new(kvm::open()?);
-        let crew = Crew::start(spec, &kvm, &memory, kernel)?;
+        let crew = Crew::start(spec, &kvm, &memory, kernel, kept)?;
         let vm = Vm::create(&kvm, memory, layout::ioapic_pins(spec.slots()))?;
         timeline.record(Stage::VmCreated);
         let vcpus = create_vcpus(&vm, spec.cpus)?;
@@ -144,7 +152,8 @@ impl Machine {
         }
         let rest = boot::load_rest(machine.vm.memory(), spec, init)?;
         // What does not need the other thread's answers is done by now: it is long at the CPUID.
-        let model = first_of(&crew.model)??;
+        let supported = first_of(&crew.cpuid)??;
+        let model = CpuModel::of_this_host(&kvm, &supported, spec.cpus);
         for (id, vcpu) in (0..).zip(&machine.vcpus) {
             model.apply(vcpu, id)?;
         }
@@ -238,7 +247,7 @@ impl Machine {
 /// The vCPUs' threads, and what the first of them is about to find out.
 struct Crew {
     threads: Vec<IdleVcpu>,
-    model: Receiver<Result<CpuModel, KvmError>>,
+    cpuid: Receiver<Result<SupportedCpuid, KvmError>>,
     kernel: Receiver<Result<LoadedKernel, BootError>>,
 }
 
@@ -253,14 +262,22 @@ impl Crew {
         kvm: &Arc<Kvm>,
         memory: &GuestMemory,
         kernel: Opened,
+        kept: Option<SupportedCpuid>,
     ) -> Result<Self, MachineError> {
         seccomp::install_handler().map_err(MachineError::Threads)?;
-        let (model_sender, model) = sync_channel(1);
+        let (cpuid_sender, cpuid) = sync_channel(1);
         let (kernel_sender, loaded) = sync_channel(1);
+        let asks = kept.is_none();
+        if let Some(kept) = kept {
+            // There is room for one.
+            let _ = cpuid_sender.send(Ok(kept));
+        }
         let (kvm, memory, its_spec) = (kvm.clone(), memory.clone(), spec.clone());
         let prepare = move || {
             // Nobody is there to hear it if the machine cannot be built.
-            let _ = model_sender.send(CpuModel::of_this_host(&kvm, its_spec.cpus));
+            if asks {
+                let _ = cpuid_sender.send(SupportedCpuid::ask(&kvm));
+            }
             let _ = kernel_sender.send(boot::load_kernel(&memory, &its_spec, kernel));
         };
         let first = IdleVcpu::spawn(0, prepare).map_err(MachineError::Threads)?;
@@ -270,7 +287,7 @@ impl Crew {
             threads: threads
                 .collect::<io::Result<_>>()
                 .map_err(MachineError::Threads)?,
-            model,
+            cpuid,
             kernel: loaded,
         })
     }

@@ -24,6 +24,7 @@ pub mod signals;
 pub mod slots;
 pub mod spec;
 pub mod stats;
+pub mod supported_cpuid;
 pub mod thread;
 pub mod timeline;
 pub mod vcpu;

@@ -28,6 +28,9 @@ pub struct MachineSpec {
     pub command_line: String,
     /// Number of vCPUs, 1 to 32.
     pub cpus: u8,
+    /// What KVM supports on this host, as it said before ([`crate::vmm::supported_cpuid`]); absent: it is asked.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cpuid: Option<FileSource>,
     /// Guest memory in MiB.
     pub memory_mib: u32,
     /// Whether the host may back guest memory with transparent huge pages. A workload that uses much memory

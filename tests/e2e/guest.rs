@@ -122,6 +122,7 @@ fn machine(directory: &Path, pod: &PodSpec) -> MachineSpec {
         rng: true,
         nets: Vec::new(),
         spare_slots: 2,
+        cpuid: None,
         console: None,
     }
 }

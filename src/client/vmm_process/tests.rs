@@ -42,6 +42,7 @@ fn start(program: &Path, kernel: NamedFile) -> Result<VmmProcess, VmmError> {
         rng: false,
         huge_pages: false,
         spare_slots: 0,
+        cpuid: None,
         console: None,
     };
     let launch = Launch {

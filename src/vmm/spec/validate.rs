@@ -179,6 +179,9 @@ fn check_descriptors(spec: &MachineSpec) -> Result<(), SpecError> {
         _ => Ok(()),
     };
     check("kernel".into(), &spec.kernel)?;
+    if let Some(cpuid) = &spec.cpuid {
+        check("cpuid".into(), cpuid)?;
+    }
     if let Some(initramfs) = &spec.initramfs {
         check("initramfs.init".into(), &initramfs.init)?;
     }
