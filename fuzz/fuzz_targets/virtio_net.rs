@@ -12,6 +12,7 @@ use cube::vmm::virtio::drain::{Effects, QueueHandler};
 use cube::vmm::virtio::net::tap::{Link, Offloads};
 use cube::vmm::virtio::net::{Identity, Net};
 use cube::vmm::virtio::Interrupt;
+use cube::vmm::virtio::mmio::Window;
 use cube_guest::network::MacAddress;
 use libfuzzer_sys::fuzz_target;
 use rustix::net::{AddressFamily, SendFlags, SocketFlags, SocketType, socketpair};
@@ -74,7 +75,7 @@ fuzz_target!(|input: &[u8]| {
         check_source: true,
     };
     let net = Net::new(identity, Wire(vec![ours, second]), Default::default()).unwrap();
-    let interrupt = Interrupt::new(Arc::new(EventFd::new(EFD_NONBLOCK).unwrap()));
+    let interrupt = Interrupt::new(Arc::new(EventFd::new(EFD_NONBLOCK).unwrap()), Window::alone());
     let features = u64::from_le_bytes(*features);
     let mut net = net;
     let mut handler = net.handler(features, &memory, interrupt).unwrap();

@@ -13,11 +13,15 @@
 use std::io;
 use std::sync::Arc;
 
-use kvm_bindings::{KVM_CAP_SPLIT_IRQCHIP, kvm_enable_cap, kvm_userspace_memory_region};
+use kvm_bindings::{
+    KVM_CAP_SPLIT_IRQCHIP, KVM_MEM_READONLY, kvm_enable_cap, kvm_userspace_memory_region,
+};
 use kvm_ioctls::{Kvm, VmFd};
 use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion};
 
+use crate::vmm::layout;
 use crate::vmm::memory::GuestMemory;
+use crate::vmm::virtio::mmio::Windows;
 
 /// What KVM refused.
 #[derive(Debug, thiserror::Error)]
@@ -75,50 +79,69 @@ pub struct Vm {
     // Dropped in this order: KVM's hold on the memory ends before the memory does.
     fd: Arc<VmFd>,
     memory: GuestMemory,
+    windows: Windows,
 }
 
 impl Vm {
-    /// Creates the VM, whose split interrupt chip has that many I/O APIC pins. KVM does not know the memory until
+    /// Creates the VM for a machine with that many virtio-mmio slots. KVM does not know its memory until
     /// [`Vm::set_memory`].
     ///
     /// # Errors
     /// The call that failed.
-    pub fn create(kvm: &Kvm, memory: GuestMemory, pins: u8) -> Result<Self, KvmError> {
+    pub fn create(kvm: &Kvm, memory: GuestMemory, slots: usize) -> Result<Self, KvmError> {
         let fd = kvm.create_vm().map_err(KvmError::call("create a VM"))?;
         let mut split = kvm_enable_cap {
             cap: KVM_CAP_SPLIT_IRQCHIP,
             ..Default::default()
         };
-        split.args[0] = pins.into();
+        split.args[0] = layout::ioapic_pins(slots).into();
         fd.enable_cap(&split)
             .map_err(KvmError::call("split the interrupt chip"))?;
         Ok(Self {
             fd: Arc::new(fd),
             memory,
+            windows: Windows::new(slots),
         })
     }
 
-    /// Gives the guest its memory: once, before a vCPU runs.
+    /// Gives the guest its memory, and the windows of its virtio-mmio slots to read: once, before a vCPU runs.
     ///
     /// # Errors
     /// The call that failed.
     pub fn set_memory(&self) -> Result<(), KvmError> {
-        for (slot, region) in (0..).zip(self.memory.iter()) {
-            let userspace_addr = region.as_ptr() as u64;
+        let memory = self.memory.iter().map(|region| {
+            let start = region.start_addr().raw_value();
+            (0, start, region.as_ptr().cast_const(), region.len())
+        });
+        let windows = (
+            KVM_MEM_READONLY,
+            layout::SLOTS,
+            self.windows.address(),
+            self.windows.length() as u64,
+        );
+        let ranges = memory.chain(std::iter::once(windows));
+        let ranges = ranges.filter(|(.., length)| *length > 0);
+        for (slot, (flags, guest_phys_addr, address, memory_size)) in (0..).zip(ranges) {
             let region = kvm_userspace_memory_region {
                 slot,
-                flags: 0,
-                guest_phys_addr: region.start_addr().raw_value(),
-                memory_size: region.len(),
-                userspace_addr,
+                flags,
+                guest_phys_addr,
+                memory_size,
+                userspace_addr: address as u64,
             };
-            // SAFETY: the range is a mapping that `self.memory` owns, and `Vm` drops its VM before it.
-            // vCPUs, which keep the VM alive, are joined before the machine drops its `Vm`. The mapping
-            // is only ever accessed as volatile memory.
+            // SAFETY: the range is a mapping that `self.memory` owns, or all of `self.windows`, and `Vm` drops
+            // its VM before them. vCPUs, which keep the VM alive, are joined before the machine drops its
+            // `Vm`. The mapping is only ever accessed as volatile memory, and the windows, which the guest
+            // cannot write, are atomics.
             unsafe { self.fd.set_user_memory_region(region) }
                 .map_err(KvmError::call("give the guest its memory"))?;
         }
         Ok(())
+    }
+
+    /// The windows of the virtio-mmio slots.
+    pub fn windows(&self) -> &Windows {
+        &self.windows
     }
 
     /// The VM's descriptor.

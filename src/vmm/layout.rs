@@ -54,8 +54,8 @@ pub const LOCAL_APIC: u32 = 0xfee0_0000;
 
 /// The first virtio-mmio slot.
 pub const SLOTS: u64 = 0xd000_0000;
-/// Distance between slots and size of each.
-pub const SLOT_SIZE: u64 = 0x1000;
+/// Distance between slots and size of each: the registers, and as much again for the config space.
+pub const SLOT_SIZE: u64 = 0x200;
 /// The most slots of a machine; their declarations fill half of the command line.
 pub const MAX_SLOTS: usize = 32;
 

@@ -141,7 +141,7 @@ impl Machine {
             .map_err(|error| MachineError::Memory(spec.memory_mib, error))?;
         let kvm = Arc::new(kvm::open()?);
         let crew = Crew::start(spec, &kvm, &memory, kernel, kept)?;
-        let vm = Vm::create(&kvm, memory, layout::ioapic_pins(spec.slots()))?;
+        let vm = Vm::create(&kvm, memory, spec.slots())?;
         timeline.record(Stage::VmCreated);
         let vcpus = create_vcpus(&vm, spec.cpus)?;
         let mut machine = Self::assemble(spec, vm, vcpus, timeline)?;

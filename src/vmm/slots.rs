@@ -43,12 +43,16 @@ impl Slots {
         if let Some(worker) = worker {
             for slot in 0..count {
                 let line = irq::irqfd(vm.fd(), layout::slot_irq(slot))?;
-                let transport = MmioTransport::new(vm.memory().clone(), worker.handle(), line)
-                    .map_err(|source| KvmError::Call {
-                        action: "make a virtio slot",
-                        source,
-                    })?;
-                slots.push(Arc::new(transport));
+                let made = match vm.windows().of_slot(slot) {
+                    Some(window) => {
+                        MmioTransport::new(vm.memory().clone(), worker.handle(), line, window)
+                    }
+                    None => Err(io::Error::other("the machine was made for fewer")),
+                };
+                slots.push(Arc::new(made.map_err(|source| KvmError::Call {
+                    action: "make a virtio slot",
+                    source,
+                })?));
             }
         }
         Ok(Self {

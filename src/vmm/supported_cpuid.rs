@@ -32,6 +32,8 @@ const FORMAT: &[u8; 8] = b"cubecpu1";
 const ENTRY: usize = 7 * size_of::<u32>();
 /// The longest file.
 const MOST: usize = FORMAT.len() + KVM_MAX_CPUID_ENTRIES * ENTRY;
+/// So many bytes tell a file that is too long.
+const TOO_MANY: u64 = MOST as u64 + 1;
 /// More than a file of most hosts has, so that it is read at once.
 const USUAL: usize = 3 << 10;
 
@@ -71,8 +73,7 @@ impl SupportedCpuid {
     pub fn read(kept: Opened) -> Result<Self, KeptError> {
         let Opened { file, path } = kept;
         let mut bytes = Vec::with_capacity(USUAL);
-        // A byte more than there may be tells a file that is too long.
-        let read = file.take(MOST as u64 + 1).read_to_end(&mut bytes);
+        let read = file.take(TOO_MANY).read_to_end(&mut bytes);
         match read {
             Ok(_) => Self::from_bytes(&bytes).map_err(|fault| KeptError::Content(path, fault)),
             Err(error) => Err(KeptError::Read(path, error)),

@@ -19,7 +19,7 @@ use std::sync::mpsc::{Sender, channel};
 
 use cube::vmm::bus::BusDevice;
 use cube::vmm::memory::{GuestMemory, allocate_shared};
-use cube::vmm::virtio::mmio::MmioTransport;
+use cube::vmm::virtio::mmio::{MmioTransport, Window};
 use cube::vmm::virtio::{Active, Counters, HostError, Interest, Turn, VirtioDevice};
 use cube::vmm::worker::Worker;
 use vm_memory::{Bytes, GuestAddress};
@@ -94,7 +94,8 @@ impl Driver {
         poll.ctl(ControlOperation::Add, irq.as_raw_fd(), event)
             .unwrap();
         let irqfd = irq.try_clone().unwrap();
-        let slot = MmioTransport::new(memory.clone(), worker.handle(), irqfd).unwrap();
+        let slot =
+            MmioTransport::new(memory.clone(), worker.handle(), irqfd, Window::alone()).unwrap();
         let Ok(counters) = slot.attach(device) else {
             panic!("the new slot is taken");
         };
@@ -255,11 +256,16 @@ impl Driver {
         bytes
     }
 
-    /// Waits for the next interrupt and acknowledges it; returns the bits of InterruptStatus.
-    pub fn wait_interrupt(&self) -> u32 {
+    /// Waits for the next interrupt; returns the bits of InterruptStatus.
+    pub fn take_interrupt(&self) -> u32 {
         self.poll_irq();
         self.irq.read().unwrap();
-        let bits = self.read(reg::INTERRUPT_STATUS);
+        self.read(reg::INTERRUPT_STATUS)
+    }
+
+    /// Waits for the next interrupt and acknowledges it; returns the bits of InterruptStatus.
+    pub fn wait_interrupt(&self) -> u32 {
+        let bits = self.take_interrupt();
         self.write(reg::INTERRUPT_ACK, bits);
         bits
     }

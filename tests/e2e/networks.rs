@@ -1,9 +1,10 @@
 //! Pods on networks that CNI plug-ins make: each other, the host, names, ports, what is left afterwards.
 
 use std::fs;
-use std::io::{Read, Write};
-use std::net::{TcpStream, UdpSocket};
+use std::io::{ErrorKind, Read, Write};
+use std::net::{Shutdown, TcpStream, UdpSocket};
 use std::path::Path;
+use std::time::Duration;
 
 use rustix::process::Signal;
 use sha2::Digest;
@@ -123,8 +124,7 @@ fn answer_names(socket: &UdpSocket) {
 
 #[test]
 fn a_stream_arrives_with_the_right_checksum_at_both_mtus() {
-    // A soak sends a whole GiB: CUBE_E2E_STREAM_MIB=1024 cargo xtask test --filter a_stream_arrives.
-    let mib: usize = std::env::var("CUBE_E2E_STREAM_MIB").map_or(4, |mib| mib.parse().unwrap());
+    let mib = 4;
     for mtu in [1500, 9000] {
         let directory = tempfile::tempdir().unwrap();
         let machine = configured(directory.path(), |bridge| bridge["mtu"] = mtu.into());
@@ -144,9 +144,54 @@ fn a_stream_arrives_with_the_right_checksum_at_both_mtus() {
     }
 }
 
+/// Between the host and a pod, whose `sha256sum` and `cat` have the connection itself.
+#[test]
+fn what_is_sent_either_way_arrives_at_both_mtus() {
+    // A soak sends a whole GiB: CUBE_E2E_STREAM_MIB=1024 cargo xtask test --filter what_is_sent_either_way.
+    let mib: usize = std::env::var("CUBE_E2E_STREAM_MIB").map_or(16, |mib| mib.parse().unwrap());
+    for mtu in [1500, 9000] {
+        let directory = tempfile::tempdir().unwrap();
+        let machine = configured(directory.path(), |bridge| bridge["mtu"] = mtu.into());
+        let script = format!(
+            "cat /sys/class/net/eth0/mtu; {ADDRESSES}; block=/dev/shm/block; \
+             yes 0123456789abcde | head -c 1048576 > $block; nc -l -p 5000 -e sha256sum; \
+             nc -l -p 5001 -e cat $(yes $block | head -n {mib})"
+        );
+        let mut pod = machine.start(&[], &script);
+        assert_eq!(pod.line(), format!("{mtu}\n"));
+        let (v4, _) = (pod.line().trim().to_owned(), pod.line());
+        let mut to = connected(&v4, 5000);
+        (0..mib).for_each(|_| to.write_all(BLOCK.repeat(1 << 16).as_bytes()).unwrap());
+        to.shutdown(Shutdown::Write).unwrap();
+        let mut sum = String::new();
+        to.read_to_string(&mut sum).unwrap();
+        assert_eq!(sum, format!("{}  -\n", checksum(mib)));
+        let (mut from, mut hash) = (connected(&v4, 5001), sha2::Sha256::new());
+        std::io::copy(&mut from, &mut hash).unwrap();
+        assert_eq!(hex::encode(hash.finalize()), checksum(mib));
+        pod.finish();
+    }
+}
+
+/// A connection to a pod that is about to listen.
+fn connected(address: &str, port: u16) -> TcpStream {
+    loop {
+        match TcpStream::connect((address, port)) {
+            Ok(stream) => return stream,
+            Err(error) if error.kind() == ErrorKind::ConnectionRefused => {
+                std::thread::sleep(Duration::from_millis(100));
+            }
+            Err(error) => panic!("{address}:{port}: {error}"),
+        }
+    }
+}
+
+/// What is sent, over and over: 16 bytes.
+const BLOCK: &str = "0123456789abcde\n";
+
 /// SHA-256 of that many MiB of a line of 16 bytes.
 fn checksum(mib: usize) -> String {
-    let block = "0123456789abcde\n".repeat(1 << 16);
+    let block = BLOCK.repeat(1 << 16);
     let mut hash = sha2::Sha256::new();
     (0..mib).for_each(|_| hash.update(&block));
     hex::encode(hash.finalize())

@@ -132,28 +132,13 @@ fn queue_registers_are_dead_outside_queue_set_up() {
 }
 
 #[test]
-fn registers_have_one_width_and_the_rest_reads_as_zero() {
+fn registers_are_written_in_one_width_and_the_rest_reads_as_zero() {
     let mut driver = rng();
     for width in [1, 2, 8] {
-        let mut data = vec![0xee; width];
-        driver.slot.read(reg::MAGIC, &mut data);
-        assert_eq!(data, vec![0; width]);
         driver.slot.write(reg::STATUS, &vec![1; width]);
         assert_eq!(driver.status(), 0);
     }
-    for offset in [
-        1,
-        2,
-        0x6,
-        0x71,
-        0x018,
-        0x0f0,
-        0x0ff,
-        0x100,
-        0xffe,
-        0x1000,
-        u64::MAX,
-    ] {
+    for offset in [0x018, 0x0f0, 0x100, 0x1fe, 0x1000, u64::MAX] {
         let mut data = [0xee; 4];
         driver.slot.read(offset, &mut data);
         assert_eq!(data, [0; 4], "at {offset:#x}");
@@ -162,6 +147,50 @@ fn registers_have_one_width_and_the_rest_reads_as_zero() {
     // No shared memory regions: their length reads as -1.
     assert_eq!(driver.read(0x0b0), u32::MAX);
     serves(&mut driver);
+}
+
+#[test]
+fn what_is_written_where_nothing_can_be_changes_nothing() {
+    let mut driver = rng();
+    let whole = |driver: &Driver| {
+        let mut data = [0; 0x200];
+        driver.slot.read(0, &mut data);
+        data
+    };
+    let before = whole(&driver);
+    for offset in [
+        reg::MAGIC,
+        1,
+        2,
+        0x6,
+        0x008,
+        0x034,
+        0x060,
+        0x071,
+        0x0b0,
+        0x0fc,
+        0x0ff,
+    ] {
+        driver.slot.write(offset, &[0xff; 4]);
+        assert_eq!(whole(&driver), before, "after a write at {offset:#x}");
+    }
+    serves(&mut driver);
+}
+
+/// As a guest's kernel may that knows these devices: an exit less for each interrupt.
+#[test]
+fn a_driver_that_acknowledges_nothing_is_interrupted_all_the_same() {
+    let mut driver = rng();
+    let mut queues = driver.start(&[64]);
+    let at = driver.alloc(64);
+    for _ in 0..3 {
+        let queue = &mut queues[0];
+        queue.want_interrupt();
+        let head = queue.add(&[Buffer::write(at, 64)]);
+        driver.kick(0);
+        assert_eq!(driver.take_interrupt(), 1);
+        assert_eq!(queue.pop_used(), Some((head, 64)));
+    }
 }
 
 #[test]

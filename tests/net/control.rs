@@ -165,9 +165,11 @@ fn an_acknowledgement_of_used_buffers_means_nothing() {
     assert_eq!(status(&guest), 1);
     guest.driver.write(reg::INTERRUPT_ACK, 1);
     assert_eq!(status(&guest), 1);
+    let generation = guest.driver.read(reg::CONFIG_GENERATION);
     guest.control.set_link(false);
     assert_eq!(guest.driver.wait_interrupt(), 3);
     assert_eq!(status(&guest), 1);
+    assert_ne!(guest.driver.read(reg::CONFIG_GENERATION), generation);
     guest.start_again();
     assert_eq!(status(&guest), 1);
 }

@@ -40,7 +40,8 @@ pub fn command_line(spec: &MachineSpec, slots: usize) -> String {
     for slot in 0..slots {
         let (address, irq) = (layout::slot_address(slot), layout::slot_irq(slot));
         // A String takes everything.
-        let _ = write!(line, " virtio_mmio.device=4K@{address:#x}:{irq}");
+        let size = layout::SLOT_SIZE;
+        let _ = write!(line, " virtio_mmio.device={size}@{address:#x}:{irq}");
     }
     if !spec.command_line.is_empty() {
         line.push(' ');
@@ -66,7 +67,7 @@ mod tests {
     fn slots_are_declared_with_address_and_line() {
         let line = command_line(&spec("", false), 2);
         assert!(line.starts_with("panic=-1 reboot=k,panic_warm "), "{line}");
-        let end = "virtio_mmio.device=4K@0xd0000000:5 virtio_mmio.device=4K@0xd0001000:6";
+        let end = "virtio_mmio.device=512@0xd0000000:5 virtio_mmio.device=512@0xd0000200:6";
         assert!(line.ends_with(end), "{line}");
     }
 

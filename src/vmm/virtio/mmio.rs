@@ -3,7 +3,8 @@
 //! vCPU threads reach a slot through [`BusDevice`]. Its state is behind one lock, which is held while the
 //! worker adopts or releases the device, never while anybody waits for the guest; the worker itself takes
 //! no transport's lock, so a vCPU in the middle of a reset and the worker cannot wait for each other. The
-//! registers of the hot path (QueueNotify, InterruptStatus, InterruptACK) take no lock.
+//! registers of the hot path (QueueNotify, InterruptACK of used buffers) take no lock. What the driver reads is in
+//! the slot's [`Window`] ([`window`] says why), which each of its writes brings up to date.
 //!
 //! ```text
 //!   empty ──attach──▶ RESET ─ACKNOWLEDGE▶ ─DRIVER▶ ─FEATURES_OK▶ ─DRIVER_OK▶ running (device on the worker)
@@ -15,7 +16,8 @@
 //!
 //! The driver sets one bit at a time, in order. A register written in the wrong state, with the wrong
 //! width or with a value that makes no sense is not written, and a fault is counted. An empty slot reads
-//! DeviceID 0: Linux leaves it alone until it is told to look again.
+//! DeviceID 0: Linux leaves it alone until it is told to look again. A change of the config space is shown when the
+//! driver acknowledges it, or writes another register.
 #![forbid(unsafe_code)]
 #![cfg_attr(
     not(test),
@@ -29,31 +31,36 @@
 )]
 
 use std::io;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use super::{Activation, ActiveQueue, Counters, HostError, Interrupt, VirtioDevice};
+use super::{
+    Activation, ActiveQueue, Counters, HostError, INTERRUPT_CONFIG_CHANGE, Interrupt, VirtioDevice,
+};
 use crate::vmm::bus::BusDevice;
+use crate::vmm::layout::SLOT_SIZE;
 use crate::vmm::memory::GuestMemory;
 use crate::vmm::worker::{Token, WorkerHandle};
 
 mod queue;
 mod register;
+pub mod window;
 
 use queue::QueueConfig;
-use register::{Register, status};
+use register::Register;
 
 pub use register::{INTERRUPT_ACK, QUEUE_NOTIFY};
-
-/// Bytes of a slot's window.
-pub const WINDOW: u64 = 0x1000;
+pub(super) use register::{INTERRUPT_STATUS, STATUS, status};
+pub use window::{Window, Windows};
 
 /// Where the device's config space begins in the window (virtio 1.2, section 4.2.2).
 const CONFIG: u64 = 0x100;
+/// Values of 32 bits of the config space, which fills the rest of the window.
+const CONFIG_WORDS: usize = (SLOT_SIZE - CONFIG) as usize / 4;
 
 /// "virt", little-endian.
 const MAGIC: u32 = 0x7472_6976;
@@ -66,6 +73,7 @@ const VENDOR: u32 = 0x4542_5543;
 pub struct MmioTransport {
     memory: GuestMemory,
     worker: WorkerHandle,
+    window: Window,
     kick: EventFd,
     /// Signalled for acknowledgements that KVM takes; nobody reads it.
     acknowledged: EventFd,
@@ -91,17 +99,26 @@ struct Slot {
 }
 
 impl MmioTransport {
-    /// An empty slot. `irqfd` raises the slot's line; `worker` runs whatever device is attached.
+    /// An empty slot, read through `window`. `irqfd` raises the slot's line; `worker` runs whatever device is
+    /// attached.
     ///
     /// # Errors
     /// No eventfd could be made.
-    pub fn new(memory: GuestMemory, worker: WorkerHandle, irqfd: EventFd) -> io::Result<Self> {
+    pub fn new(
+        memory: GuestMemory,
+        worker: WorkerHandle,
+        irqfd: EventFd,
+        window: Window,
+    ) -> io::Result<Self> {
+        window.set(register::MAGIC_VALUE, MAGIC);
+        window.set(register::VERSION, VERSION);
         Ok(Self {
             memory,
             worker,
+            interrupt: Interrupt::new(Arc::new(irqfd), window.clone()),
+            window,
             kick: EventFd::new(EFD_NONBLOCK)?,
             acknowledged: EventFd::new(EFD_NONBLOCK)?,
-            interrupt: Interrupt::new(Arc::new(irqfd)),
             own_kicks: AtomicBool::new(false),
             slot: Mutex::default(),
         })
@@ -156,6 +173,7 @@ impl MmioTransport {
             ..Slot::default()
         };
         self.interrupt.clear();
+        self.show(&slot);
         Ok(counters)
     }
 
@@ -164,7 +182,11 @@ impl MmioTransport {
     pub fn detach(&self) -> Option<Box<dyn VirtioDevice>> {
         let mut slot = self.lock();
         self.reset(&mut slot);
-        std::mem::take(&mut *slot).device
+        self.interrupt.track_used_buffers(true);
+        self.interrupt.clear();
+        let device = std::mem::take(&mut *slot).device;
+        self.show(&slot);
+        device
     }
 
     /// Whether the slot has no device.
@@ -183,37 +205,78 @@ impl MmioTransport {
         self.slot.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn read_register(&self, register: Register) -> u32 {
-        match register {
-            Register::MagicValue => return MAGIC,
-            Register::Version => return VERSION,
-            Register::InterruptStatus => return self.interrupt.status(),
-            _ => {}
+    /// Brings the window up to date, but for what changes by itself.
+    fn show(&self, slot: &Slot) {
+        let (window, queue) = (&self.window, slot.selected());
+        let device = slot.device.as_deref();
+        let features = device.map_or(0, |device| {
+            half(device.features(), slot.device_features_select)
+        });
+        for (register, value) in [
+            (
+                register::DEVICE_ID,
+                device.map_or(0, VirtioDevice::device_type),
+            ),
+            (register::VENDOR_ID, device.map_or(0, |_| VENDOR)),
+            (register::DEVICE_FEATURES, features),
+            (
+                register::QUEUE_NUM_MAX,
+                queue.map_or(0, |queue| queue.max.into()),
+            ),
+            (
+                register::QUEUE_READY,
+                queue.map_or(0, |queue| queue.ready.into()),
+            ),
+        ] {
+            window.set(register, value);
         }
-        let slot = self.lock();
-        let Some(device) = &slot.device else {
-            return 0;
-        };
-        let queue = slot.selected();
-        match register {
-            Register::DeviceId => device.device_type(),
-            Register::VendorId => VENDOR,
-            Register::DeviceFeatures => half(device.features(), slot.device_features_select),
-            Register::QueueNumMax => queue.map_or(0, |queue| queue.max.into()),
-            Register::QueueReady => queue.map_or(0, |queue| queue.ready.into()),
-            Register::Status => slot.status | self.broken_bit(),
-            Register::ConfigGeneration => self.interrupt.generation(),
-            // No device has shared memory: its length and address read as all ones (virtio 1.2, 4.2.2).
-            Register::SharedMemory => u32::MAX,
-            // Write-only.
-            _ => 0,
+        // No device has shared memory: its length and address read as all ones (virtio 1.2, 4.2.2).
+        for register in register::SHARED_MEMORY {
+            window.set(register, device.map_or(0, |_| u32::MAX));
+        }
+        // The worker may set the device's own bit at any time.
+        let (status, own) = (window.register(STATUS), status::NEEDS_RESET);
+        let shown = |now| Some(now & own | slot.status);
+        let _ = status.fetch_update(Ordering::AcqRel, Ordering::Acquire, shown);
+        self.show_config(device);
+    }
+
+    fn show_config(&self, device: Option<&dyn VirtioDevice>) {
+        let mut config = [0; CONFIG_WORDS * 4];
+        if let Some(device) = device {
+            device.read_config(0, &mut config);
+        }
+        let words = config
+            .as_chunks::<4>()
+            .0
+            .iter()
+            .copied()
+            .map(u32::from_le_bytes);
+        let registers = (CONFIG..).step_by(4).map(|at| self.window.register(at));
+        let changed =
+            |(register, value): &(&AtomicU32, u32)| register.load(Ordering::Acquire) != *value;
+        let mut changes = registers.zip(words).filter(changed).peekable();
+        if changes.peek().is_some() {
+            // Before and after: whoever reads meanwhile finds another generation at the end than at the beginning.
+            let generation = self.window.register(register::CONFIG_GENERATION);
+            generation.fetch_add(1, Ordering::AcqRel);
+            for (register, value) in changes {
+                register.store(value, Ordering::Release);
+            }
+            generation.fetch_add(1, Ordering::AcqRel);
         }
     }
 
     fn write_register(&self, register: Register, value: u32) {
         match register {
             Register::QueueNotify => return self.notify(value),
-            Register::InterruptAck => return self.interrupt.acknowledge(value),
+            Register::InterruptAck => {
+                // Before the change is shown: another one is announced anew.
+                self.interrupt.acknowledge(value);
+                if value & INTERRUPT_CONFIG_CHANGE == 0 {
+                    return;
+                }
+            }
             _ => {}
         }
         let mut slot = self.lock();
@@ -222,14 +285,15 @@ impl MmioTransport {
             return;
         }
         match register {
+            Register::InterruptAck | Register::SharedMemorySel => {}
             Register::Status => self.write_status(slot, value),
             Register::DeviceFeaturesSel => slot.device_features_select = value,
             Register::DriverFeaturesSel => slot.driver_features_select = value,
             Register::DriverFeatures => slot.write_features(value),
             Register::QueueSel => slot.queue_select = value,
-            Register::SharedMemory => {}
             _ => slot.write_queue(&self.memory, register, value),
         }
+        self.show(slot);
     }
 
     /// A notification that KVM did not take.
@@ -241,14 +305,6 @@ impl MmioTransport {
             let queue = usize::try_from(queue).unwrap_or(usize::MAX);
             let kick = device.kicks().get(queue);
             let _ = kick.map(|kick| kick.write(1));
-        }
-    }
-
-    fn broken_bit(&self) -> u32 {
-        if self.interrupt.is_broken() {
-            status::NEEDS_RESET
-        } else {
-            0
         }
     }
 
@@ -360,12 +416,6 @@ impl MmioTransport {
         };
     }
 
-    fn read_config(&self, offset: u64, data: &mut [u8]) {
-        if let Some(device) = &self.lock().device {
-            device.read_config(offset, data);
-        }
-    }
-
     fn write_config(&self, offset: u64, data: &[u8]) {
         let mut slot = self.lock();
         if slot.status & status::DRIVER == 0 {
@@ -373,6 +423,7 @@ impl MmioTransport {
         } else if let Some(device) = &mut slot.device {
             device.write_config(offset, data);
         }
+        self.show(&slot);
     }
 }
 
@@ -459,14 +510,7 @@ fn half(features: u64, select: u32) -> u32 {
 
 impl BusDevice for MmioTransport {
     fn read(&self, offset: u64, data: &mut [u8]) {
-        data.fill(0);
-        if let Some(offset) = offset.checked_sub(CONFIG) {
-            self.read_config(offset, data);
-        } else if let (Some(register), Ok(data)) =
-            (Register::at(offset), <&mut [u8; 4]>::try_from(data))
-        {
-            *data = self.read_register(register).to_le_bytes();
-        }
+        self.window.read(offset, data);
     }
 
     fn write(&self, offset: u64, data: &[u8]) {

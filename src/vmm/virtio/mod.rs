@@ -40,12 +40,14 @@ pub mod vsock;
 
 use std::os::fd::RawFd;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use virtio_queue::Queue;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::vmm::memory::GuestMemory;
+
+use mmio::{INTERRUPT_STATUS, STATUS, Window, status};
 
 pub use counters::Counters;
 
@@ -124,23 +126,13 @@ pub struct ActiveQueue {
     pub queue: Queue,
 }
 
-/// Interrupts the driver (call): an irqfd, and what the transport's registers show of it.
+/// Interrupts the driver (call): an irqfd, and the registers that say why.
 #[derive(Clone)]
 pub struct Interrupt {
     irqfd: Arc<EventFd>,
-    shared: Arc<InterruptState>,
-}
-
-#[derive(Default)]
-struct InterruptState {
-    /// The InterruptStatus register.
-    status: AtomicU32,
-    /// Whether the Status register shows DEVICE_NEEDS_RESET.
-    needs_reset: AtomicBool,
-    /// The ConfigGeneration register.
-    generation: AtomicU32,
-    /// Nobody keeps account of used buffers: the InterruptStatus register always says that there may be some.
-    untracked: AtomicBool,
+    window: Window,
+    /// Bits of InterruptStatus that are always set, whatever the driver acknowledges.
+    constant: Arc<AtomicU32>,
 }
 
 /// InterruptStatus bit 0: used buffers (virtio 1.2, section 4.2.2).
@@ -149,11 +141,12 @@ pub const INTERRUPT_USED_BUFFER: u32 = 1;
 pub const INTERRUPT_CONFIG_CHANGE: u32 = 2;
 
 impl Interrupt {
-    /// `irqfd` raises the line.
-    pub fn new(irqfd: Arc<EventFd>) -> Self {
+    /// `irqfd` raises the line; the registers are those of `window`.
+    pub fn new(irqfd: Arc<EventFd>, window: Window) -> Self {
         Self {
             irqfd,
-            shared: Arc::default(),
+            window,
+            constant: Arc::default(),
         }
     }
 
@@ -162,15 +155,16 @@ impl Interrupt {
         self.raise(INTERRUPT_USED_BUFFER);
     }
 
-    /// Tells the driver that the config space changed.
+    /// Tells the driver that the config space changed. It sees the change when it acknowledges this.
     pub fn config_change(&self) {
-        self.shared.generation.fetch_add(1, Ordering::AcqRel);
         self.raise(INTERRUPT_CONFIG_CHANGE);
     }
 
     /// Shows DEVICE_NEEDS_RESET and tells the driver: the answer to a broken ring.
     pub fn needs_reset(&self) {
-        self.shared.needs_reset.store(true, Ordering::Release);
+        self.window
+            .register(STATUS)
+            .fetch_or(status::NEEDS_RESET, Ordering::AcqRel);
         self.raise(INTERRUPT_CONFIG_CHANGE);
     }
 
@@ -183,41 +177,35 @@ impl Interrupt {
     /// From now on InterruptStatus tells the driver with every interrupt that buffers may be waiting: looking for
     /// nothing costs it a load, and an acknowledgement of used buffers then means nothing, whoever takes it.
     pub fn track_used_buffers(&self, track: bool) {
-        self.shared.untracked.store(!track, Ordering::Release);
-    }
-
-    /// The InterruptStatus register.
-    pub fn status(&self) -> u32 {
-        let untracked = match self.shared.untracked.load(Ordering::Acquire) {
-            true => INTERRUPT_USED_BUFFER,
-            false => 0,
-        };
-        self.shared.status.load(Ordering::Acquire) | untracked
+        let constant = if track { 0 } else { INTERRUPT_USED_BUFFER };
+        self.constant.store(constant, Ordering::Release);
     }
 
     /// Clears the bits that the driver wrote to InterruptACK.
     pub fn acknowledge(&self, bits: u32) {
-        self.shared.status.fetch_and(!bits, Ordering::AcqRel);
+        let cleared = bits & !self.constant.load(Ordering::Acquire);
+        self.window
+            .register(INTERRUPT_STATUS)
+            .fetch_and(!cleared, Ordering::AcqRel);
     }
 
     /// Whether the device gave up on its driver.
     pub fn is_broken(&self) -> bool {
-        self.shared.needs_reset.load(Ordering::Acquire)
+        let status = self.window.register(STATUS).load(Ordering::Acquire);
+        status & status::NEEDS_RESET != 0
     }
 
-    /// The ConfigGeneration register.
-    pub fn generation(&self) -> u32 {
-        self.shared.generation.load(Ordering::Acquire)
-    }
-
-    /// Back to the state after a reset: nothing pending, not broken. The generation goes on.
+    /// Back to the state after a reset: nothing pending, not broken.
     pub fn clear(&self) {
-        self.shared.status.store(0, Ordering::Release);
-        self.shared.needs_reset.store(false, Ordering::Release);
+        let constant = self.constant.load(Ordering::Acquire);
+        let pending = self.window.register(INTERRUPT_STATUS);
+        pending.store(constant, Ordering::Release);
+        self.window.register(STATUS).store(0, Ordering::Release);
     }
 
     fn raise(&self, bit: u32) {
-        self.shared.status.fetch_or(bit, Ordering::AcqRel);
+        let pending = self.window.register(INTERRUPT_STATUS);
+        pending.fetch_or(bit, Ordering::AcqRel);
         // An eventfd write fails only when its counter is full, and then the line is raised already.
         let _ = self.irqfd.write(1);
     }

@@ -11,28 +11,36 @@
     )
 )]
 
+/// What the transport sets, beside those that [`crate::vmm::virtio::Interrupt`] does.
+pub(super) const MAGIC_VALUE: u64 = 0x000;
+pub(super) const VERSION: u64 = 0x004;
+pub(super) const DEVICE_ID: u64 = 0x008;
+pub(super) const VENDOR_ID: u64 = 0x00c;
+pub(super) const DEVICE_FEATURES: u64 = 0x010;
+pub(super) const QUEUE_NUM_MAX: u64 = 0x034;
+pub(super) const QUEUE_READY: u64 = 0x044;
+pub(super) const CONFIG_GENERATION: u64 = 0x0fc;
+/// SHMLenLow, SHMLenHigh, SHMBaseLow and SHMBaseHigh.
+pub(super) const SHARED_MEMORY: [u64; 4] = [0x0b0, 0x0b4, 0x0b8, 0x0bc];
+/// Offset of InterruptStatus.
+pub(in crate::vmm::virtio) const INTERRUPT_STATUS: u64 = 0x060;
+/// Offset of Status.
+pub(in crate::vmm::virtio) const STATUS: u64 = 0x070;
 /// Offset of QueueNotify: where KVM's ioeventfd listens.
 pub const QUEUE_NOTIFY: u64 = 0x050;
 /// Offset of InterruptACK, which the driver writes after every interrupt.
 pub const INTERRUPT_ACK: u64 = 0x064;
 
-/// A control register: 32 bits wide, and accessed only so.
+/// A register that the driver may write: 32 bits wide, and written only so.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Register {
-    MagicValue,
-    Version,
-    DeviceId,
-    VendorId,
-    DeviceFeatures,
     DeviceFeaturesSel,
     DriverFeatures,
     DriverFeaturesSel,
     QueueSel,
-    QueueNumMax,
     QueueNum,
     QueueReady,
     QueueNotify,
-    InterruptStatus,
     InterruptAck,
     Status,
     QueueDescLow,
@@ -41,65 +49,55 @@ pub(super) enum Register {
     QueueDriverHigh,
     QueueDeviceLow,
     QueueDeviceHigh,
-    /// SHMSel, SHMLen and SHMBase.
-    SharedMemory,
-    ConfigGeneration,
+    SharedMemorySel,
 }
 
 impl Register {
-    /// The register at `offset`; none between registers and where none is defined.
+    /// The register at `offset`; none between registers and where none can be written.
     pub(super) fn at(offset: u64) -> Option<Self> {
         Some(match offset {
-            0x000 => Self::MagicValue,
-            0x004 => Self::Version,
-            0x008 => Self::DeviceId,
-            0x00c => Self::VendorId,
-            0x010 => Self::DeviceFeatures,
             0x014 => Self::DeviceFeaturesSel,
             0x020 => Self::DriverFeatures,
             0x024 => Self::DriverFeaturesSel,
             0x030 => Self::QueueSel,
-            0x034 => Self::QueueNumMax,
             0x038 => Self::QueueNum,
-            0x044 => Self::QueueReady,
+            QUEUE_READY => Self::QueueReady,
             QUEUE_NOTIFY => Self::QueueNotify,
-            0x060 => Self::InterruptStatus,
             INTERRUPT_ACK => Self::InterruptAck,
-            0x070 => Self::Status,
+            STATUS => Self::Status,
             0x080 => Self::QueueDescLow,
             0x084 => Self::QueueDescHigh,
             0x090 => Self::QueueDriverLow,
             0x094 => Self::QueueDriverHigh,
             0x0a0 => Self::QueueDeviceLow,
             0x0a4 => Self::QueueDeviceHigh,
-            0x0ac | 0x0b0 | 0x0b4 | 0x0b8 | 0x0bc => Self::SharedMemory,
-            0x0fc => Self::ConfigGeneration,
+            0x0ac => Self::SharedMemorySel,
             _ => return None,
         })
     }
 }
 
 /// Bits of the Status register, and the states that the handshake goes through.
-pub(super) mod status {
+pub(in crate::vmm::virtio) mod status {
     /// After reset.
-    pub(in super::super) const NONE: u32 = 0;
+    pub(in crate::vmm::virtio) const NONE: u32 = 0;
     /// The guest has seen the device.
-    pub(in super::super) const ACKNOWLEDGE: u32 = 1;
+    pub(in crate::vmm::virtio) const ACKNOWLEDGE: u32 = 1;
     /// The guest has a driver for it.
-    pub(in super::super) const DRIVER: u32 = 2;
+    pub(in crate::vmm::virtio) const DRIVER: u32 = 2;
     /// The driver is ready.
-    pub(in super::super) const DRIVER_OK: u32 = 4;
+    pub(in crate::vmm::virtio) const DRIVER_OK: u32 = 4;
     /// Features are agreed on.
-    pub(in super::super) const FEATURES_OK: u32 = 8;
+    pub(in crate::vmm::virtio) const FEATURES_OK: u32 = 8;
     /// The device gave up; set by the device alone.
-    pub(in super::super) const NEEDS_RESET: u32 = 64;
+    pub(in crate::vmm::virtio) const NEEDS_RESET: u32 = 64;
     /// The driver gave up.
-    pub(in super::super) const FAILED: u32 = 128;
+    pub(in crate::vmm::virtio) const FAILED: u32 = 128;
 
     /// State: seen.
-    pub(in super::super) const ACKNOWLEDGED: u32 = ACKNOWLEDGE;
+    pub(in crate::vmm::virtio) const ACKNOWLEDGED: u32 = ACKNOWLEDGE;
     /// State: features are being negotiated.
-    pub(in super::super) const DRIVING: u32 = ACKNOWLEDGED | DRIVER;
+    pub(in crate::vmm::virtio) const DRIVING: u32 = ACKNOWLEDGED | DRIVER;
     /// State: queues are being set up.
-    pub(in super::super) const NEGOTIATED: u32 = DRIVING | FEATURES_OK;
+    pub(in crate::vmm::virtio) const NEGOTIATED: u32 = DRIVING | FEATURES_OK;
 }
