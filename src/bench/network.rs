@@ -18,7 +18,7 @@ use serde_json::{Value, json};
 
 use super::exits;
 use super::measure::{self, Running};
-use super::peers::{Kind, Peer};
+use super::peers::{Kind, Peer, start_as_a_pods};
 use super::plan::{Contender, Figures, Row, take_turns};
 use crate::net::{namespace, tap};
 
@@ -125,7 +125,9 @@ impl NetBench {
                     // The harness starts one program at a time: nobody else inherits it.
                     fcntl_setfd(queue, FdFlags::empty())?;
                 }
-                (self.cube(&boot, &queues), queues)
+                let mut spec = self.cube(&boot, &queues);
+                start_as_a_pods(&mut command, &mut spec, directory);
+                (spec, queues)
             }
         };
         fs::write(&path, config.to_string())?;

@@ -185,12 +185,9 @@ impl Peer {
             Kind::CubeVmm => {
                 let vsock = self.vsock(directory);
                 let mut spec = cube_spec(machine, &vsock);
-                // As every pod's machine is started.
-                if let Some(cpuid) = host_cpuid::kept(directory) {
-                    spec["cpuid"] = json!({"path": cpuid.path});
-                }
+                start_as_a_pods(&mut command, &mut spec, directory);
                 let spec = write(directory, "cube-vmm.json", &spec)?;
-                command.envs(ALLOCATOR).arg("--spec").arg(spec);
+                command.arg("--spec").arg(spec);
             }
             Kind::Firecracker => {
                 let config = firecracker_config(machine, &self.vsock(directory));
@@ -202,6 +199,18 @@ impl Peer {
             Kind::Crosvm => crosvm(&mut command, machine, &self.leaves_out),
         }
         Ok(command)
+    }
+}
+
+/// Adds what `cube` gives every machine that it starts; what it keeps is in `directory`.
+pub(super) fn start_as_a_pods(
+    command: &mut Command,
+    spec: &mut serde_json::Value,
+    directory: &Path,
+) {
+    command.envs(ALLOCATOR);
+    if let Some(cpuid) = host_cpuid::kept(directory) {
+        spec["cpuid"] = json!({"path": cpuid.path});
     }
 }
 
