@@ -105,7 +105,9 @@ impl Timeline {
             monotonic_ns,
             exits: exits(),
         };
-        if let (Some(output), Ok(mut line)) = (&mut state.output, serde_json::to_vec(&entry)) {
+        if let Some(output) = &mut state.output
+            && let Ok(mut line) = serde_json::to_vec(&entry)
+        {
             line.push(b'\n');
             // Nobody reads any more: the machine goes on all the same.
             if output.write_all(&line).is_err() {

@@ -16,8 +16,7 @@
 //!
 //! The driver sets one bit at a time, in order. A register written in the wrong state, with the wrong
 //! width or with a value that makes no sense is not written, and a fault is counted. An empty slot reads
-//! DeviceID 0: Linux leaves it alone until it is told to look again. A change of the config space is shown when the
-//! driver acknowledges it, or writes another register.
+//! DeviceID 0: Linux leaves it alone until it is told to look again.
 #![forbid(unsafe_code)]
 #![cfg_attr(
     not(test),
@@ -31,7 +30,7 @@
 )]
 
 use std::io;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
@@ -51,16 +50,14 @@ mod register;
 pub mod window;
 
 use queue::QueueConfig;
-use register::Register;
+use register::{CONFIG, Register};
 
 pub use register::{INTERRUPT_ACK, QUEUE_NOTIFY};
 pub(super) use register::{INTERRUPT_STATUS, STATUS, status};
 pub use window::{Window, Windows};
 
-/// Where the device's config space begins in the window (virtio 1.2, section 4.2.2).
-const CONFIG: u64 = 0x100;
-/// Values of 32 bits of the config space, which fills the rest of the window.
-const CONFIG_WORDS: usize = (SLOT_SIZE - CONFIG) as usize / 4;
+/// Bytes of the config space, which fills the rest of the window.
+const CONFIG_LEN: usize = (SLOT_SIZE - CONFIG) as usize;
 
 /// "virt", little-endian.
 const MAGIC: u32 = 0x7472_6976;
@@ -238,41 +235,19 @@ impl MmioTransport {
         let (status, own) = (window.register(STATUS), status::NEEDS_RESET);
         let shown = |now| Some(now & own | slot.status);
         let _ = status.fetch_update(Ordering::AcqRel, Ordering::Acquire, shown);
-        self.show_config(device);
-    }
-
-    fn show_config(&self, device: Option<&dyn VirtioDevice>) {
-        let mut config = [0; CONFIG_WORDS * 4];
+        let mut config = [0; CONFIG_LEN];
         if let Some(device) = device {
             device.read_config(0, &mut config);
         }
-        let words = config
-            .as_chunks::<4>()
-            .0
-            .iter()
-            .copied()
-            .map(u32::from_le_bytes);
-        let registers = (CONFIG..).step_by(4).map(|at| self.window.register(at));
-        let changed =
-            |(register, value): &(&AtomicU32, u32)| register.load(Ordering::Acquire) != *value;
-        let mut changes = registers.zip(words).filter(changed).peekable();
-        if changes.peek().is_some() {
-            // Before and after: whoever reads meanwhile finds another generation at the end than at the beginning.
-            let generation = self.window.register(register::CONFIG_GENERATION);
-            generation.fetch_add(1, Ordering::AcqRel);
-            for (register, value) in changes {
-                register.store(value, Ordering::Release);
-            }
-            generation.fetch_add(1, Ordering::AcqRel);
-        }
+        window.set_config(0, &config);
     }
 
     fn write_register(&self, register: Register, value: u32) {
         match register {
             Register::QueueNotify => return self.notify(value),
             Register::InterruptAck => {
-                // Before the change is shown: another one is announced anew.
                 self.interrupt.acknowledge(value);
+                // A change that came while another write was shown may have been shown over.
                 if value & INTERRUPT_CONFIG_CHANGE == 0 {
                     return;
                 }

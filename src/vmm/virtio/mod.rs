@@ -155,8 +155,10 @@ impl Interrupt {
         self.raise(INTERRUPT_USED_BUFFER);
     }
 
-    /// Tells the driver that the config space changed. It sees the change when it acknowledges this.
-    pub fn config_change(&self) {
+    /// Puts `bytes` at `offset` of the config space, and tells the driver. The device's own
+    /// [`VirtioDevice::read_config`] says the same by now.
+    pub fn config_change(&self, offset: u64, bytes: &[u8]) {
+        self.window.set_config(offset, bytes);
         self.raise(INTERRUPT_CONFIG_CHANGE);
     }
 

@@ -20,6 +20,8 @@ pub(super) const DEVICE_FEATURES: u64 = 0x010;
 pub(super) const QUEUE_NUM_MAX: u64 = 0x034;
 pub(super) const QUEUE_READY: u64 = 0x044;
 pub(super) const CONFIG_GENERATION: u64 = 0x0fc;
+/// Where the device's config space begins.
+pub(super) const CONFIG: u64 = 0x100;
 /// SHMLenLow, SHMLenHigh, SHMBaseLow and SHMBaseHigh.
 pub(super) const SHARED_MEMORY: [u64; 4] = [0x0b0, 0x0b4, 0x0b8, 0x0bc];
 /// Offset of InterruptStatus.

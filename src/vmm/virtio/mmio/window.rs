@@ -20,6 +20,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
+use super::register::{CONFIG, CONFIG_GENERATION};
 use crate::vmm::layout::SLOT_SIZE;
 
 /// Bytes of a page of guest memory.
@@ -107,6 +108,37 @@ impl Window {
         self.register(offset).store(value, Ordering::Release);
     }
 
+    /// Changes what lies at `offset` of the config space, and its generation before and after: whoever reads meanwhile finds
+    /// another one at the end than at the beginning (virtio 1.2, section 2.5.1). Nothing happens if it is there already.
+    pub(in crate::vmm::virtio) fn set_config(&self, offset: u64, bytes: &[u8]) {
+        let start = offset.saturating_add(CONFIG);
+        let changed = |(at, byte): &(u64, &u8)| {
+            let mut now = [0];
+            self.read(*at, &mut now);
+            now != [**byte]
+        };
+        let mut changes = (start..SLOT_SIZE).zip(bytes).filter(changed).peekable();
+        if changes.peek().is_some() {
+            let generation = self.register(CONFIG_GENERATION);
+            generation.fetch_add(1, Ordering::AcqRel);
+            changes.for_each(|(at, byte)| self.set_byte(at, *byte));
+            generation.fetch_add(1, Ordering::AcqRel);
+        }
+    }
+
+    fn set_byte(&self, at: u64, byte: u8) {
+        let changed = |word: u32| {
+            let mut bytes = word.to_le_bytes();
+            if let Some(place) = bytes.get_mut((at % 4) as usize) {
+                *place = byte;
+            }
+            Some(u32::from_le_bytes(bytes))
+        };
+        let register = self.register(at);
+        // It always has a new value.
+        let _ = register.fetch_update(Ordering::AcqRel, Ordering::Acquire, changed);
+    }
+
     /// What lies at `offset`, as the guest would read it; zeroes behind the window's end.
     pub(super) fn read(&self, offset: u64, data: &mut [u8]) {
         data.fill(0);
@@ -156,6 +188,21 @@ mod tests {
         let mut data = [0; 6];
         window.read(0x101, &mut data);
         assert_eq!(data, [2, 3, 4, 5, 6, 7]);
+    }
+
+    #[test]
+    fn a_change_of_the_config_space_has_a_generation_and_no_change_none() {
+        let window = Window::alone();
+        window.set_config(5, &[1, 2, 3]);
+        let mut data = [0; 4];
+        window.read(CONFIG + 4, &mut data);
+        assert_eq!(data, [0, 1, 2, 3]);
+        let generation = || window.register(CONFIG_GENERATION).load(Ordering::Acquire);
+        assert_eq!(generation(), 2);
+        window.set_config(6, &[2, 3]);
+        assert_eq!(generation(), 2);
+        window.set_config(6, &[2, 4]);
+        assert_eq!(generation(), 4);
     }
 
     #[test]

@@ -32,7 +32,7 @@ use super::limiter::Limiter;
 use super::receive::{Receiver, Reception, Stop};
 use super::tap::{Link, Offloads};
 use super::transmit::{Sender, Sent};
-use super::{Identity, Shared};
+use super::{Identity, STATUS, Shared, link_status};
 use crate::vmm::memory::GuestMemory;
 use crate::vmm::virtio::chain::Chain;
 use crate::vmm::virtio::deadlines::Deadlines;
@@ -312,7 +312,8 @@ impl<L: Link> NetHandler<L> {
         // Not readable: another turn has taken it.
         let _ = self.shared.changed.read();
         if self.apply_settings() {
-            self.interrupt.config_change();
+            let status = link_status(self.link_up);
+            self.interrupt.config_change(STATUS, &status);
         }
         self.open(Direction::Receive, memory, effects)?;
         self.open(Direction::Transmit, memory, effects)

@@ -91,9 +91,8 @@ impl Identity {
 
     /// `struct virtio_net_config`: mac, status, max_virtqueue_pairs, mtu.
     fn config(&self, link_up: bool, pairs: usize) -> [u8; CONFIG_LEN] {
-        let status = if link_up { VIRTIO_NET_S_LINK_UP } else { 0 };
         let [m0, m1, m2, m3, m4, m5] = self.mac.0;
-        let [s0, s1, ..] = status.to_le_bytes();
+        let [s0, s1] = link_status(link_up);
         let [p0, p1] = u16::try_from(pairs).unwrap_or(u16::MAX).to_le_bytes();
         let [u0, u1] = self.mtu.to_le_bytes();
         [m0, m1, m2, m3, m4, m5, s0, s1, p0, p1, u0, u1]
@@ -106,6 +105,16 @@ impl Identity {
             source,
         }
     }
+}
+
+/// Where `struct virtio_net_config` has its status.
+const STATUS: u64 = 6;
+
+/// The status of a link.
+fn link_status(up: bool) -> [u8; 2] {
+    let status = if up { VIRTIO_NET_S_LINK_UP } else { 0 };
+    let [low, high, ..] = status.to_le_bytes();
+    [low, high]
 }
 
 /// What can be changed while the device runs.

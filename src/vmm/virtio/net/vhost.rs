@@ -32,7 +32,7 @@ use virtio_queue::QueueT;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::control::Command;
-use super::{Identity, MAX_PAIRS, QUEUE_SIZE, read_config};
+use super::{Identity, MAX_PAIRS, QUEUE_SIZE, STATUS, read_config};
 use crate::vmm::memory::GuestMemory;
 use crate::vmm::virtio::chain::Chain;
 use crate::vmm::virtio::drain::{Drain, Effects, Failure, Outcome, QueueHandler};
@@ -201,6 +201,7 @@ impl VirtioDevice for VhostNet {
             features: activation.features & !(mask(&OWN) | mask(&OWN_MULTIPLE)),
             vrings,
             interrupt: activation.interrupt.clone(),
+            presence: STATUS,
         });
         started.map_err(|error| self.identity.error("start", error))?;
         if let Some(kick) = self.kicks.get(usize::from(control)) {

@@ -76,6 +76,8 @@ pub struct Rings {
     pub vrings: Vec<Vring>,
     /// The way to interrupt the driver.
     pub interrupt: Interrupt,
+    /// Where the config space says whether there is a backend: 1 or 0, in two bytes.
+    pub presence: u64,
 }
 
 /// One backend after another.
@@ -178,7 +180,8 @@ impl Session {
     fn show(&self, present: bool) {
         self.present.store(present, Ordering::Release);
         if let Some(rings) = &self.rings {
-            rings.interrupt.config_change();
+            let (at, shown) = (rings.presence, u16::from(present));
+            rings.interrupt.config_change(at, &shown.to_le_bytes());
         }
     }
 
