@@ -132,7 +132,8 @@ impl Cube {
                 .into_iter()
                 .flatten()
                 .map(|entry| entry.unwrap().file_name())
-                .filter(|name| name != ".lock")
+                // What is there for all pods.
+                .filter(|name| !name.as_encoded_bytes().starts_with(b"."))
                 .collect();
             assert!(left.is_empty(), "left in {directory}: {left:?}");
         }

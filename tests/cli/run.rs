@@ -1,5 +1,6 @@
 //! `cube run` from one end to the other, but for the guest.
 
+use std::ffi::OsString;
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::process::Child;
@@ -15,8 +16,9 @@ fn send(child: &Child, signal: Signal) {
 
 /// Waits until there is a pod directory: it comes after the signals are caught.
 fn wait_for_pod(cube: &Cube) {
-    let pods = || fs::read_dir(cube.path().join("run")).into_iter().flatten();
-    while !pods().any(|entry| entry.unwrap().file_name() != ".lock") {
+    let entries = || fs::read_dir(cube.path().join("run")).into_iter().flatten();
+    let hidden = |name: OsString| name.as_encoded_bytes().starts_with(b".");
+    while entries().all(|entry| hidden(entry.unwrap().file_name())) {
         std::thread::yield_now();
     }
 }
