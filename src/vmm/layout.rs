@@ -9,7 +9,7 @@
 //!   0x9_f000     MP table, to the end of the 640 KiB (reserved in the e820 map)
 //! 0x0010_0000  RAM: kernel (where its ELF headers say), initramfs at the end of low memory
 //! 0xc000_0000  the hole: no RAM from 3 GiB to 4 GiB
-//!   0xd000_0000  virtio-mmio slots, 4 KiB each
+//!   0xd000_0000  virtio-mmio slots, 512 bytes each
 //!   0xfec0_0000  I/O APIC
 //!   0xfee0_0000  local APICs
 //! 0x1_0000_0000  RAM beyond 3 GiB

@@ -149,6 +149,7 @@ fn a_stream_arrives_with_the_right_checksum_at_both_mtus() {
 fn what_is_sent_either_way_arrives_at_both_mtus() {
     // A soak sends a whole GiB: CUBE_E2E_STREAM_MIB=1024 cargo xtask test --filter what_is_sent_either_way.
     let mib: usize = std::env::var("CUBE_E2E_STREAM_MIB").map_or(16, |mib| mib.parse().unwrap());
+    let (block, expected) = (BLOCK.repeat(1 << 16), checksum(mib));
     for mtu in [1500, 9000] {
         let directory = tempfile::tempdir().unwrap();
         let machine = configured(directory.path(), |bridge| bridge["mtu"] = mtu.into());
@@ -161,14 +162,14 @@ fn what_is_sent_either_way_arrives_at_both_mtus() {
         assert_eq!(pod.line(), format!("{mtu}\n"));
         let (v4, _) = (pod.line().trim().to_owned(), pod.line());
         let mut to = connected(&v4, 5000);
-        (0..mib).for_each(|_| to.write_all(BLOCK.repeat(1 << 16).as_bytes()).unwrap());
+        (0..mib).for_each(|_| to.write_all(block.as_bytes()).unwrap());
         to.shutdown(Shutdown::Write).unwrap();
         let mut sum = String::new();
         to.read_to_string(&mut sum).unwrap();
-        assert_eq!(sum, format!("{}  -\n", checksum(mib)));
+        assert_eq!(sum, format!("{expected}  -\n"));
         let (mut from, mut hash) = (connected(&v4, 5001), sha2::Sha256::new());
         std::io::copy(&mut from, &mut hash).unwrap();
-        assert_eq!(hex::encode(hash.finalize()), checksum(mib));
+        assert_eq!(hex::encode(hash.finalize()), expected);
         pod.finish();
     }
 }
