@@ -74,7 +74,7 @@ pub(crate) struct BenchArgs {
     #[arg(long, value_name = "FILE", requires = "kernel")]
     net_root: Option<PathBuf>,
     /// Seconds of load in each direction.
-    #[arg(long, value_name = "SECONDS", default_value_t = 5, requires = "net_root", value_parser = clap::value_parser!(u32).range(1..=600))]
+    #[arg(long, value_name = "SECONDS", default_value_t = 12, requires = "net_root", value_parser = clap::value_parser!(u32).range(1..=600))]
     net_seconds: u32,
     /// Also start that many at once, each with --kernel or --image.
     #[arg(long, value_name = "N,…", value_delimiter = ',', value_parser = clap::value_parser!(u32).range(1..=1000))]

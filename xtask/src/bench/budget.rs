@@ -113,6 +113,26 @@ const PROMISES: &[Promise] = &[
         Ratio(false, "echo_ms_per_gib", [POD, "firecracker"]),
     ),
     here("streams.growth_kib", Guests(POD, "echo_growth_kib")),
+    here(
+        "network.time_to_guest",
+        Ratio(false, "net_to_ms_per_gib", ["cube-vmm", "firecracker"]),
+    ),
+    here(
+        "network.time_from_guest",
+        Ratio(false, "net_from_ms_per_gib", ["cube-vmm", "firecracker"]),
+    ),
+    here(
+        "network.cpu_to_guest",
+        Ratio(false, "net_to_cpu_ms_per_gib", ["cube-vmm", "firecracker"]),
+    ),
+    here(
+        "network.cpu_from_guest",
+        Ratio(
+            false,
+            "net_from_cpu_ms_per_gib",
+            ["cube-vmm", "firecracker"],
+        ),
+    ),
     anywhere("reached.overhead_pss_mib", Guests(POD, "overhead_pss_mib")),
 ];
 
