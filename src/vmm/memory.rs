@@ -94,11 +94,12 @@ fn map_aligned(
     if (length as u64) < HUGE_PAGE || is_aligned(&mapping) {
         return Ok(mapping);
     }
-    drop(mapping);
     let around = Surroundings::of_hole(length);
-    let mapping = map()?;
+    let aligned = map()?;
     drop(around);
-    Ok(mapping)
+    // Only now: where it lies is free and of the right size, so the kernel would choose it again.
+    drop(mapping);
+    Ok(aligned)
 }
 
 fn is_aligned(mapping: &MmapRegion) -> bool {
@@ -194,6 +195,23 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn a_range_that_is_not_aligned_is_not_taken_twice() {
+        let (length, spare) = (64 << 20, HUGE_PAGE as usize);
+        let (access, kind) = (ProtFlags::empty(), MapFlags::PRIVATE | MapFlags::NORESERVE);
+        // SAFETY: a new mapping at an address that the kernel chooses, and a part of it that nobody uses.
+        unsafe {
+            let whole = length + 2 * spare;
+            let start = mmap_anonymous(std::ptr::null_mut(), whole, access, kind).unwrap();
+            let aligned = (start as usize).next_multiple_of(spare) - start as usize;
+            munmap(start.wrapping_byte_add(aligned + 4096), length).unwrap();
+        }
+        let file = Arc::new(sealed_file(length as u64).unwrap());
+        let place = || FileOffset::from_arc(file.clone(), 0);
+        let mapping = map_aligned(length, || MmapRegion::from_file(place(), length)).unwrap();
+        assert!(is_aligned(&mapping), "{:?}", mapping.as_ptr());
     }
 
     #[test]
