@@ -41,6 +41,8 @@ pub(crate) enum Scope {
     Anywhere,
 }
 
+/// The rows of both monitors, each without anything above it.
+const MONITORS: [&str; 2] = ["cube-vmm", "firecracker"];
 const OTHER: &str = "firecracker, other kernel";
 /// The pod process with its API, without the command that started it.
 const POD: &str = "cube pod run";
@@ -82,12 +84,12 @@ const PROMISES: &[Promise] = &[
     ),
     here(
         "vmm_start.ratio_to_firecracker",
-        Ratio(true, "vmm_start_ms", ["cube-vmm", "firecracker"]),
+        Ratio(true, "vmm_start_ms", MONITORS),
     ),
     anywhere("vmm_start.system_calls", Native("cube-vmm", "syscalls")),
     here(
         "boot_to_init.ratio_to_firecracker",
-        Ratio(false, "boot_to_init_ms", ["cube-vmm", "firecracker"]),
+        Ratio(false, "boot_to_init_ms", MONITORS),
     ),
     here(
         "boot_to_init.ratio_to_firecracker_ci_guest",
@@ -115,23 +117,19 @@ const PROMISES: &[Promise] = &[
     here("streams.growth_kib", Guests(POD, "echo_growth_kib")),
     here(
         "network.time_to_guest",
-        Ratio(false, "net_to_ms_per_gib", ["cube-vmm", "firecracker"]),
+        Ratio(false, "net_to_ms_per_gib", MONITORS),
     ),
     here(
         "network.time_from_guest",
-        Ratio(false, "net_from_ms_per_gib", ["cube-vmm", "firecracker"]),
+        Ratio(false, "net_from_ms_per_gib", MONITORS),
     ),
     here(
         "network.cpu_to_guest",
-        Ratio(false, "net_to_cpu_ms_per_gib", ["cube-vmm", "firecracker"]),
+        Ratio(false, "net_to_cpu_ms_per_gib", MONITORS),
     ),
     here(
         "network.cpu_from_guest",
-        Ratio(
-            false,
-            "net_from_cpu_ms_per_gib",
-            ["cube-vmm", "firecracker"],
-        ),
+        Ratio(false, "net_from_cpu_ms_per_gib", MONITORS),
     ),
     anywhere("reached.overhead_pss_mib", Guests(POD, "overhead_pss_mib")),
 ];
